@@ -1,0 +1,74 @@
+# Everything a developer does. `make` lists the targets; each makes its environment in .venv first.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+ARGS    ?=
+TESTS   ?= tests
+WORKERS ?= 2
+
+# What `make lock` starts from: torch, and the triton that torch's own CUDA build asks for.
+TORCH   ?= 2.13.0
+TRITON  ?= 3.7.1
+
+SHELL       := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint format bench lock clean distclean
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.stamp
+INSTALL := pip --disable-pip-version-check install --quiet --no-compile
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Making $(VENV): the package and the pinned versions of constraints.txt. PyTorch is large: this takes a minute or more."
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make PYTHON=python3.11 or newer")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@began=$$SECONDS; $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,dev]'; \
+	  echo "$(VENV) is ready after $$((SECONDS - began)) s: $$($(BIN)/python -c 'import sys, torch; print("Python", sys.version.split()[0], "and PyTorch", torch.__version__)')"
+	@touch $@
+
+venv: $(STAMP) ## make the development environment
+
+demo: $(STAMP) ## fine-tune a small encoder with every score, on this machine (ARGS="--fast" for a short one)
+	$(BIN)/adalora-fast demo $(ARGS)
+
+test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMP) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" for pytest, WORKERS=2 processes)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+
+lint: $(STAMP) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## put style and format right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## run the CPU benchmarks
+	$(BIN)/python benchmarks/op_counts.py $(ARGS)
+	$(BIN)/python benchmarks/step_cpu.py $(ARGS)
+
+# A fresh environment, frozen. Dropped: local version suffixes (+cpu) and the CUDA libraries, which torch pins itself.
+lock: ## resolve every dependency afresh into constraints.txt
+	@place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
+	$(PYTHON) -m venv "$$place/venv"; \
+	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,dev]'; \
+	"$$place/venv/bin/python" -m pip check; \
+	{ echo "# Every dependency of adalora-fast[demo,experiments,dev], pinned. Made by \`make lock\`; do not edit."; \
+	  echo "# triton is the version that torch's CUDA build asks for; its CPU build takes any."; \
+	  "$$place/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip \
+	    | sed 's/+[^ ]*$$//' | grep -vE '^(nvidia|cuda)-'; } > "$$place/constraints.txt"; \
+	cp "$$place/constraints.txt" constraints.txt
+	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
+
+clean: ## remove caches and builds
+	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too
+	rm -rf $(VENV)

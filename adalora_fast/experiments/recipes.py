@@ -1,0 +1,70 @@
+"""Recipes: how long, how fast and under which rank budget a task is trained. A recipe is a JSON file.
+
+    {"description": "...", "defaults": {"epochs": 3, ...}, "tasks": {"mrpc": {"learning_rate": 1e-3, ...}}}
+
+Two come with the package: `default` (rank 16 to 8, three epochs) and `paper` (AdaLoRA's own scripts for DeBERTa-v3-base).
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of a training run that depend on the task.
+
+    `scale` is lora_alpha / init_r, so that a different rank keeps the same step size. `tinit`, `tfinal` and `warmup` are
+    optimizer steps if they are integers and fractions of the run if they are below 1. `classifier_dropout` of None leaves
+    the model's own.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+    max_length: int = 128
+    weight_decay: float = 0.01
+    warmup: int | float = 0.1
+    max_grad_norm: float = 1.0
+    init_r: int = 16
+    target_r: int = 8
+    scale: float = 2.0
+    tinit: int | float = 0.1
+    tfinal: int | float = 0.3
+    deltaT: int = 10
+    orth_reg_weight: float = 0.1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    classifier_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batch_size", "max_length", "init_r", "target_r", "scale", "deltaT"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        for name in ("weight_decay", "warmup", "tinit", "tfinal", "orth_reg_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.target_r > self.init_r:
+            raise ValueError(f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r")
+
+
+def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
+    """The recipe `name` (one of the package, or a path to a JSON file) for `task`; overrides that are None are ignored."""
+    path = RECIPES / f"{name}.json"
+    if not path.is_file():
+        path = Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
+        raise FileNotFoundError(f"no recipe {name!r}; choose {known}, or give the path of a JSON file")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"recipe {path} is not JSON ({error}); correct it") from error
+    values = content.get("defaults", {}) | content.get("tasks", {}).get(task, {})
+    unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
+    if unknown:
+        known = ", ".join(field.name for field in fields(Recipe))
+        raise ValueError(f"recipe {path} has the unknown setting {unknown[0]!r}; choose from {known}")
+    return Recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))

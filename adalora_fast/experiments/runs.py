@@ -1,0 +1,179 @@
+"""One run, one folder: settings, measurements, result, adapter and ranks.
+
+A run is written into `.NAME.partial` beside its folder, which takes its name only when everything is in it. So a folder that
+exists is complete, and one that was interrupted is recognised and goes on.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .recipes import Recipe
+
+METHODS = ("adalora", "lora", "head", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything that decides what a run computes. Two runs with equal settings are the same run.
+
+    `method` is adalora, lora (plain LoRA at the final rank), head (only the classification head) or full (every weight).
+    `smoothing` of None is the score's own default.
+    """
+
+    task: str
+    model: str
+    method: str = "adalora"
+    score: str = "sensitivity"
+    smoothing: str | None = None
+    score_gradient: str = "total"
+    precision: str = "fp32"
+    seed: int = 0
+    data_dir: str | None = None
+    recipe: Recipe = Recipe()
+
+    def __post_init__(self) -> None:
+        _require("method", self.method, METHODS)
+        _require("score_gradient", self.score_gradient, ("total", "task"))
+        _require("precision", self.precision, ("fp32", "bf16"))
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and folders."""
+        return {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "full": "full"}.get(self.method, self.score)
+
+
+def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a run lives. `working` is written to; `path` appears when the run is complete."""
+
+    path: Path
+    settings: RunSettings
+
+    @property
+    def working(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.working / "checkpoints"
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json of a complete run."""
+        return read_json(self.path / "result.json")
+
+    def start(self) -> None:
+        """Make the working folder, with config.json in it; one left by an interrupted run is taken over."""
+        try:
+            self.working.mkdir(parents=True, exist_ok=True)
+            if not (self.working / "config.json").is_file():
+                config = {"settings": asdict(self.settings), "environment": environment()}
+                write_json(self.working / "config.json", config)
+        except OSError as error:
+            raise type(error)(f"cannot write to {self.path} ({error.strerror}); choose another --output") from error
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, remove what was only needed for resuming, and give the folder its name."""
+        write_json(self.working / "result.json", result)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.working.rename(self.path)
+
+
+def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
+    """The folder of this run: new, interrupted or complete.
+
+    Raises ValueError where a folder of this name holds something else, naming the first setting that differs.
+    """
+    folder = RunFolder(path=Path(path).expanduser().absolute(), settings=settings)
+    for existing in (folder.path, folder.working):
+        config = existing / "config.json"
+        if config.is_file():
+            difference = _first_difference(read_json(config)["settings"], json.loads(json.dumps(asdict(settings))))
+            if difference is not None:
+                raise ValueError(f"{existing} holds a run with {difference}; choose another --output or delete it")
+        elif existing is folder.path and existing.exists() and (existing.is_file() or any(existing.iterdir())):
+            raise ValueError(f"{existing} exists and is not a run; choose another --output")
+    if folder.path.is_dir() and not folder.is_complete and any(folder.path.iterdir()):
+        raise ValueError(f"{folder.path} has no result.json; choose another --output or delete it")
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine, as far as they can be told."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in ("adalora_fast", "torch", "transformers", "peft", "datasets", "numpy", "scikit-learn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            continue
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(Path(__file__).parent),
+        "versions": versions,
+        "machine": {
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the repository that `folder` is tracked in, with "+changes" if it was edited; None outside of one."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not git("ls-files", "."):  # an installed copy inside somebody else's repository
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", ".") else commit
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write all of it or nothing: to a temporary name first."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _first_difference(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> str | None:
+    for key in sorted(there.keys() | asked.keys()):
+        before, now = there.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            nested = _first_difference(before, now, f"{prefix}{key}.")
+            if nested is not None:
+                return nested
+        elif before != now:
+            return f"{prefix}{key} = {before!r}, and {now!r} was asked for"
+    return None

@@ -1,0 +1,172 @@
+"""The GLUE tasks as data, and how their rows are read.
+
+Rows come from `DIR/<task>/<split>.parquet` with the column names of `nyu-mll/glue`, or from the hub. Where a whole split
+is absent, `<split>_sample.parquet` is used and the result is marked as a sample.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow
+
+HUB_DATASET = "nyu-mll/glue"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One GLUE task.
+
+    `labels` are the class names in the order of their codes; a regression task has none. The first of `metrics` is the
+    one by which results are compared; `evaluation` names the splits that are evaluated.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    evaluation: tuple[str, ...] = ("validation",)
+    hub_dataset: str = HUB_DATASET
+    hub_name: str = field(default="")
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the classification head: one number for a regression."""
+        return len(self.labels) or 1
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_PARAPHRASE = ("not_equivalent", "equivalent")
+_SENTENCES = ("sentence1", "sentence2")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(name="mrpc", text_columns=_SENTENCES, labels=_PARAPHRASE, metrics=("accuracy", "f1")),
+        Task(name="sst2", text_columns=("sentence",), labels=("negative", "positive"), metrics=("accuracy",)),
+        Task(
+            name="cola",
+            text_columns=("sentence",),
+            labels=("unacceptable", "acceptable"),
+            metrics=("matthews", "accuracy"),
+        ),
+        Task(name="rte", text_columns=_SENTENCES, labels=_ENTAILMENT, metrics=("accuracy",)),
+        Task(name="qnli", text_columns=("question", "sentence"), labels=_ENTAILMENT, metrics=("accuracy",)),
+        Task(
+            name="qqp",
+            text_columns=("question1", "question2"),
+            labels=("not_duplicate", "duplicate"),
+            metrics=("accuracy", "f1"),
+        ),
+        Task(name="wnli", text_columns=_SENTENCES, labels=("not_entailment", "entailment"), metrics=("accuracy",)),
+        Task(name="stsb", text_columns=_SENTENCES, labels=(), metrics=("pearson_spearman", "pearson", "spearman")),
+        Task(
+            name="mnli",
+            text_columns=("premise", "hypothesis"),
+            labels=("entailment", "neutral", "contradiction"),
+            metrics=("accuracy",),
+            evaluation=("validation_matched", "validation_mismatched"),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Rows of one split: one column of texts per text column, and the labels.
+
+    `source` is the file or hub address; `sample` is true where it is only part of the official split.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: list[int] | list[float]
+    source: str
+    sample: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """How often each label occurs, by its code as a string."""
+        return {str(label): self.labels.count(label) for label in sorted(set(self.labels))}
+
+
+def get_task(name: str) -> Task:
+    """The task of this name; ValueError listing all of them where there is none."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
+    """Read one split from `data_dir`, or from the hub where it is None, and check every label."""
+    if data_dir is None:
+        table, source, sample = _read_hub(task, split), f"{task.hub_dataset}/{task.hub_name or task.name}:{split}", False
+    else:
+        path = find_split_file(task, split, Path(data_dir).expanduser())
+        table, source, sample = _read_parquet(path), str(path), path.stem != split
+    for column in (*task.text_columns, "label"):
+        if column not in table.column_names:
+            raise ValueError(
+                f"{source} has no column {column!r} (it has {', '.join(table.column_names)}); "
+                f"rename its columns to {', '.join((*task.text_columns, 'label'))}"
+            )
+    labels = table.column("label").to_pylist()
+    _check_labels(task, labels, source)
+    texts = tuple(table.column(column).to_pylist() for column in task.text_columns)
+    for column, values in zip(task.text_columns, texts, strict=True):
+        bad = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+        if bad is not None:
+            raise ValueError(f"{source} row {bad}: {column} is {values[bad]!r}, not a text; remove or fix that row")
+    return Split(texts=texts, labels=labels, source=source, sample=sample)
+
+
+def find_split_file(task: Task, split: str, data_dir: Path) -> Path:
+    """`<split>.parquet`, else a sample of it; FileNotFoundError naming what was looked for."""
+    folder = data_dir / task.name
+    names = [f"{split}.parquet", f"{split}_sample.parquet", f"{split}_from_train_sample.parquet"]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {names[0]} or {names[1]} in {folder}; check --data-dir and --task")
+
+
+def _read_parquet(path: Path) -> "pyarrow.Table":
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not readable parquet ({str(error).splitlines()[0]}); write it again") from error
+
+
+def _read_hub(task: Task, split: str) -> "pyarrow.Table":
+    import datasets
+
+    try:
+        return datasets.load_dataset(task.hub_dataset, task.hub_name or task.name, split=split).data.table
+    except (OSError, ValueError, RuntimeError) as error:  # unreachable, offline mode, or nothing cached
+        raise FileNotFoundError(
+            f"{task.hub_dataset} ({task.name}, {split}) is not reachable; give a local folder with --data-dir or ADALORA_FAST_DATA"
+        ) from error
+
+
+def _check_labels(task: Task, labels: list, source: str) -> None:
+    if not labels:
+        raise ValueError(f"{source} has no rows; give a file with at least one")
+    if task.is_regression:
+        allowed = "a finite number"
+        bad = [row for row, y in enumerate(labels) if not isinstance(y, int | float) or not math.isfinite(y)]
+    else:
+        allowed = f"an integer from 0 to {task.num_labels - 1}"
+        bad = [row for row, y in enumerate(labels) if not isinstance(y, int) or not 0 <= y < task.num_labels]
+    if bad:
+        raise ValueError(f"{source} row {bad[0]}: label {labels[bad[0]]!r} is not {allowed}; fix or remove that row")

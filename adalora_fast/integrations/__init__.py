@@ -1,0 +1,1 @@
+"""What ties the package to PEFT and to the Hugging Face Trainer."""

@@ -1,0 +1,287 @@
+"""The adapter op: a frozen linear plus ``scaling * B diag(E) A``, as one autograd node.
+
+Legend: M tokens (all leading dimensions of x together), K in, N out, R rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adalora_fast.ops import backend
+from adalora_fast.ops.adapter import reference
+from adalora_fast.ops.library import define, define_gradient, refuse_second_order
+
+PRECISIONS = ("default", "highest")
+
+backend.register("adapter", "reference", reference)
+
+
+def _without_autocast(device_type: str):
+    """The casts were chosen by the caller; autocast must not choose again inside the op."""
+    return torch.autocast(device_type, enabled=False)
+
+
+def _product_dtype(x: Tensor, lora_A: Tensor, highest: bool) -> torch.dtype:
+    return lora_A.dtype if highest else x.dtype
+
+
+def _fake_linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest):
+    dtype = _product_dtype(x, lora_A, highest)
+    rows = x.numel() // x.shape[-1]
+    return (
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
+        x.new_empty(rows, lora_A.shape[0], dtype=dtype),
+        lora_A.new_empty(lora_A.shape, dtype=dtype),
+    )
+
+
+@define(
+    "adapter_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_E, "
+    "Tensor lora_B, float scaling, bool highest) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_linear,
+)
+def _linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest):
+    with _without_autocast(x.device.type):
+        return backend.kernel("adapter", x.device.type).linear(
+            x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest
+        )
+
+
+def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
+    dtype = _product_dtype(x, lora_A, highest)
+    rows = x.numel() // x.shape[-1]
+    return (
+        result.new_empty(result.shape),
+        x.new_empty(rows, lora_A.shape[0], dtype=dtype),
+        lora_A.new_empty(lora_A.shape, dtype=dtype),
+    )
+
+
+@define(
+    "adapter_delta(Tensor result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float scaling, bool highest) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_delta,
+)
+def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
+    with _without_autocast(x.device.type):
+        return backend.kernel("adapter", x.device.type).delta(result, x, lora_A, lora_E, lora_B, scaling, highest)
+
+
+@define(
+    "adapter_delta_(Tensor(a!) result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float scaling, "
+    "bool highest) -> ()",
+    fake=lambda *arguments: None,
+)
+def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest):
+    with _without_autocast(x.device.type):
+        backend.kernel("adapter", x.device.type).delta_(result, x, lora_A, lora_E, lora_B, scaling, highest)
+
+
+def _fake_backward(
+    grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, need_x, need_input, need_A, need_E,
+    need_B,
+):  # fmt: skip
+    def like(needed: bool, source: Tensor) -> Tensor:
+        return source.new_empty(source.shape) if needed else grad.new_empty(0)
+
+    return (
+        like(need_x, adapter_input),
+        like(need_input, adapter_input),
+        like(need_A, lora_A),
+        like(need_E, lora_E),
+        like(need_B, lora_B),
+    )
+
+
+@define(
+    "adapter_backward(Tensor grad, Tensor adapter_input, Tensor h, Tensor S, Tensor? weight, Tensor lora_A, "
+    "Tensor lora_E, Tensor lora_B, float scaling, bool shared_input, bool need_x, bool need_input, bool need_A, "
+    "bool need_E, bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+def _backward(grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, *needs):
+    with _without_autocast(grad.device.type):
+        return backend.kernel("adapter", grad.device.type).backward(
+            grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, list(needs)
+        )
+
+
+def _save_linear(ctx, inputs, output):
+    x, adapter_input, weight, _, lora_A, lora_E, lora_B, scaling, _ = inputs
+    _, h, S = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h, S)
+    ctx.shared_input = adapter_input is None
+    ctx.scaling = scaling
+    ctx.save_for_backward(x if ctx.shared_input else adapter_input, h, S, weight, lora_A, lora_E, lora_B)
+
+
+def _linear_gradient(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
+    adapter_input, h, S, weight, lora_A, lora_E, lora_B = ctx.saved_tensors
+    need_x, need_input, _, _, need_A, need_E, need_B, _, _ = ctx.needs_input_grad
+    dx, d_input, dA, dE, dB = torch.ops.adalora_fast.adapter_backward(
+        grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, ctx.scaling, ctx.shared_input,
+        need_x, need_input, need_A, need_E, need_B,
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        d_input if need_input else None,
+        None,
+        None,
+        dA if need_A else None,
+        dE if need_E else None,
+        dB if need_B else None,
+        None,
+        None,
+    )
+
+
+def _save_delta(ctx, inputs, output):
+    _, x, lora_A, lora_E, lora_B, scaling, _ = inputs
+    _, h, S = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h, S)
+    ctx.scaling = scaling
+    ctx.save_for_backward(x, h, S, lora_A, lora_E, lora_B)
+
+
+def _delta_gradient(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    x, h, S, lora_A, lora_E, lora_B = ctx.saved_tensors
+    need_result, need_x, need_A, need_E, need_B, _, _ = ctx.needs_input_grad
+    _, dx, dA, dE, dB = torch.ops.adalora_fast.adapter_backward(
+        grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E, need_B
+    )
+    return (
+        grad if need_result else None,
+        dx if need_x else None,
+        dA if need_A else None,
+        dE if need_E else None,
+        dB if need_B else None,
+        None,
+        None,
+    )
+
+
+define_gradient("adapter_linear", _linear_gradient, _save_linear)
+define_gradient("adapter_delta", _delta_gradient, _save_delta)
+refuse_second_order("adapter_backward")
+
+
+def _check(x: Tensor, out_features: int, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, precision: str) -> None:
+    rank, in_features = lora_A.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has {x.shape[-1]} features, lora_A takes {in_features}; x must be [..., {in_features}]")
+    if lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)} and lora_B {tuple(lora_B.shape)} do not fit; "
+            f"they must be (r, in), (r, 1) and ({out_features}, r)"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; the adapter takes floating-point input, cast it first")
+    if x.device != lora_A.device:
+        raise ValueError(f"x is on {x.device} and the adapter on {lora_A.device}; move one of them with .to()")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+
+
+def adalora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    precision: str = "default",
+) -> Tensor:
+    """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ``, AdaLoRA's eq. 1 (arXiv 2303.10512) with PEFT's scale.
+
+    W and b are normally frozen; where one of them requires a gradient, it gets it (the base then runs as its own node).
+
+    Args:
+        x: input [..., K], floating point; under autocast it is cast as ``F.linear`` would cast it.
+        weight: [N, K], any strides (``conv1d.weight.t()`` for GPT-2's Conv1D), x's type.
+        bias: [N] or None.
+        lora_A, lora_E, lora_B: Q [R, K], Λ [R, 1], P [N, R]; R = 0 is allowed; usually float32.
+        scaling: α / (ranknum + 1e-5).
+        dropout_p: drop probability of the adapter's input, applied where ``training``.
+        training: whether dropout is on.
+        precision: ``"default"`` rounds the factors to x's type and accumulates in float32 (float64 for float64);
+            ``"highest"`` computes the adapter in the factors' type, as PEFT does.
+
+    Returns:
+        [..., N] in x's type (autocast's type under autocast).
+
+    Raises:
+        ValueError, TypeError: shapes, devices or types that do not fit, naming them.
+    """
+    _check(x, weight.shape[0], lora_A, lora_E, lora_B, precision)
+    _check_dropout(dropout_p)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}; cast one of them or use autocast")
+    dropped = F.dropout(x, dropout_p, True) if training and dropout_p > 0.0 else None
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        inputs = x if dropped is None else dropped
+        return torch.ops.adalora_fast.adapter_delta(
+            F.linear(x, weight, bias), inputs, lora_A, lora_E, lora_B, scaling, precision == "highest"
+        )[0]
+    return torch.ops.adalora_fast.adapter_linear(
+        x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, precision == "highest"
+    )[0]
+
+
+def adalora_delta_(
+    result: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    precision: str = "default",
+) -> Tensor:
+    """``result + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ``: the adapter on top of any base layer's output.
+
+    Use the returned tensor: ``result`` itself is overwritten only where that is safe (no gradient is recorded, and it is
+    a contiguous tensor that is not a view), because some bases return tensors that must not be written.
+
+    Args:
+        result: the base layer's output [..., N].
+        x: the base layer's input [..., K]; its type may differ from ``result``'s.
+        lora_A, lora_E, lora_B, scaling, dropout_p, training, precision: as in :func:`adalora_linear`.
+
+    Returns:
+        [..., N] in ``result``'s type.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or types that do not fit, naming them.
+    """
+    _check(x, result.shape[-1], lora_A, lora_E, lora_B, precision)
+    _check_dropout(dropout_p)
+    if x.shape[:-1] != result.shape[:-1]:
+        raise ValueError(f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last dimension")
+    if x.dtype != result.dtype:
+        x = x.to(result.dtype)
+    if training and dropout_p > 0.0:
+        x = F.dropout(x, dropout_p, True)
+    arguments = (result, x, lora_A, lora_E, lora_B, scaling, precision == "highest")
+    if not torch.is_grad_enabled() and not result._is_view() and result.is_contiguous():
+        torch.ops.adalora_fast.adapter_delta_(*arguments)
+        return result
+    return torch.ops.adalora_fast.adapter_delta(*arguments)[0]

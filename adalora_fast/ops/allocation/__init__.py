@@ -1,0 +1,49 @@
+"""The allocation op: which triplets of a whole model are kept under a budget, and zeroing the others' λ."""
+
+import torch
+from torch import Tensor
+
+from adalora_fast.ops import backend
+from adalora_fast.ops.allocation import reference
+from adalora_fast.ops.library import define
+
+backend.register("allocation", "reference", reference)
+
+
+@define(
+    "allocation_select(Tensor scores, Tensor budget) -> Tensor",
+    fake=lambda scores, budget: scores.new_empty(scores.shape, dtype=torch.bool),
+)
+def _select(scores, budget):
+    return backend.kernel("allocation", scores.device.type).select(scores, budget)
+
+
+@define(
+    "allocation_apply_mask_(Tensor mask, Tensor(a!)[] lora_E) -> ()",
+    fake=lambda mask, lora_E: None,
+)
+def _apply_mask(mask, lora_E):
+    backend.kernel("allocation", mask.device.type).apply_mask_(mask, lora_E)
+
+
+def select_triplets(scores: Tensor, budget: Tensor) -> Tensor:
+    """Keep exactly ``budget`` triplets: the highest scores, ties to the lower position (lower matrix, then triplet).
+
+    Args:
+        scores: [T] floating point; NaN counts as the lowest.
+        budget: integer scalar tensor on the same device; 0 keeps none, T or more keeps all.
+
+    Returns:
+        [T] bool mask of the kept triplets. Source: the selection of arXiv 2303.10512, eq. 6, made exact on ties.
+    """
+    return torch.ops.adalora_fast.allocation_select(scores, budget)
+
+
+def apply_mask_(mask: Tensor, lora_E: list[Tensor]) -> None:
+    """λ ← λ where ``mask`` else 0 (arXiv 2303.10512, eq. 5), in place.
+
+    Args:
+        mask: [T] bool, matrix by matrix.
+        lora_E: Λ of every matrix [r, 1]; their ranks sum to T.
+    """
+    torch.ops.adalora_fast.allocation_apply_mask_(mask, lora_E)

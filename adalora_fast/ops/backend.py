@@ -1,0 +1,88 @@
+"""Which implementation of an op runs on a device, and why every other one does not.
+
+An op is registered with ``torch.library`` once; its body asks :func:`kernel` for the implementation to run.
+Implementations are registered with :func:`register`, the reference at import, faster ones by the modules that hold
+them. ``ADALORA_FAST_BACKEND`` (``auto``, ``triton``, ``cuda``, ``cpu``, ``reference``) overrides the choice for every op.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of preference
+OPS = ("adapter", "importance", "orthogonality", "allocation")
+VARIABLE = "ADALORA_FAST_BACKEND"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to run an op: a namespace of functions and a test that says why it cannot run on a device type."""
+
+    functions: object
+    refusal: Callable[[str], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The backend that runs ``op`` on ``device_type`` and, for each that does not, the reason."""
+
+    op: str
+    device_type: str
+    backend: str
+    reasons: dict[str, str]
+
+
+_implementations: dict[tuple[str, str], Implementation] = {}
+
+
+def register(
+    op: str, backend: str, functions: object, refusal: Callable[[str], str | None] = lambda device_type: None
+) -> None:
+    """Make ``functions`` the ``backend`` implementation of ``op``.
+
+    Args:
+        op: one of ``OPS``.
+        backend: one of ``BACKENDS``.
+        functions: a module or namespace with the functions that the op's ``__init__`` calls.
+        refusal: maps a device type (``"cpu"``, ``"cuda"``) to the reason why it cannot run there, or None.
+    """
+    if op not in OPS or backend not in BACKENDS:
+        raise ValueError(f"cannot register {backend!r} for {op!r}; ops: {OPS}, backends: {BACKENDS}")
+    _implementations[op, backend] = Implementation(functions=functions, refusal=refusal)
+    choose.cache_clear()
+    kernel.cache_clear()
+
+
+def _refusal(op: str, backend: str, device_type: str) -> str | None:
+    implementation = _implementations.get((op, backend))
+    if implementation is None:
+        return f"this version has no {backend} implementation of {op}"
+    return implementation.refusal(device_type)
+
+
+@cache
+def choose(op: str, device_type: str) -> Choice:
+    """The backend for ``op`` on ``device_type``.
+
+    Raises:
+        ValueError: ``ADALORA_FAST_BACKEND`` is not a backend, or names one that cannot run here.
+    """
+    wanted = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ValueError(f"{VARIABLE}={wanted!r} is not one of {('auto', *sorted(BACKENDS))}")
+    reasons = {backend: _refusal(op, backend, device_type) for backend in BACKENDS}
+    if wanted != "auto":
+        if reasons[wanted] is not None:
+            raise ValueError(f"{VARIABLE}={wanted} cannot run {op} on {device_type}: {reasons[wanted]}; use auto")
+        refused = {backend: reason or f"{VARIABLE}={wanted}" for backend, reason in reasons.items() if backend != wanted}
+        return Choice(op=op, device_type=device_type, backend=wanted, reasons=refused)
+    backend = next(backend for backend in BACKENDS if reasons[backend] is None)
+    refused = {name: reason or f"{backend} is preferred" for name, reason in reasons.items() if name != backend}
+    return Choice(op=op, device_type=device_type, backend=backend, reasons=refused)
+
+
+@cache
+def kernel(op: str, device_type: str) -> object:
+    """The functions of the implementation that :func:`choose` picks."""
+    return _implementations[op, choose(op, device_type).backend].functions

@@ -1,0 +1,102 @@
+"""The importance scores as data: what each is called, how it is smoothed by default, and where it comes from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adalora_fast.ops.importance import SIGNALS, SMOOTHINGS, statistic_names
+
+__all__ = ["Score", "get_score", "register_score", "resolve_smoothing", "score_names", "statistic_names"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """An importance score.
+
+    Args:
+        name: how users ask for it.
+        smoothing: the default, one of ``ema_uncertainty``, ``ema``, ``sum``, ``none``.
+        source: paper and equation.
+        function: a user's own I(w, g, state); None for the built-in ones, whose formula is the importance op's.
+        min_updates: masks wait for so many updates of the statistics.
+    """
+
+    name: str
+    smoothing: str
+    source: str
+    function: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor] | None = None
+    min_updates: int = 1
+
+
+_BUILT_IN = (
+    Score(name="sensitivity", smoothing="ema_uncertainty", source="AdaLoRA, arXiv 2303.10512, eq. 8-11"),
+    Score(name="movement", smoothing="ema", source="movement pruning, arXiv 2005.07683, eq. 3, smoothed"),
+    Score(name="fisher", smoothing="ema", source="diagonal empirical Fisher information, E[g²]"),
+    Score(name="gsnr", smoothing="none", source="gradient signal-to-noise ratio, m̄²/Var", min_updates=2),
+    Score(name="magnitude", smoothing="none", source="AdaLoRA's ablation |λ|, arXiv 2303.10512, section 4.4"),
+)
+_scores = {score.name: score for score in _BUILT_IN}
+assert set(_scores) == set(SIGNALS)
+
+
+def score_names() -> tuple[str, ...]:
+    """Every score that can be asked for now."""
+    return tuple(_scores)
+
+
+def get_score(name: str) -> Score:
+    """The score called ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _scores:
+        raise ValueError(f"score {name!r} is not one of {score_names()}; register_score() adds your own")
+    return _scores[name]
+
+
+def resolve_smoothing(score: Score, smoothing: str | None) -> str:
+    """``smoothing``, or the score's default for None.
+
+    Raises:
+        ValueError: it is not a known smoothing.
+    """
+    if smoothing is None:
+        return score.smoothing
+    if smoothing not in SMOOTHINGS:
+        raise ValueError(f"smoothing {smoothing!r} is not one of {tuple(SMOOTHINGS)}")
+    return smoothing
+
+
+def register_score(
+    name: str,
+    function: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    *,
+    smoothing: str = "none",
+    source: str = "user",
+    min_updates: int = 1,
+) -> Score:
+    """Add a score of your own, to be asked for as ``score=name``.
+
+    Args:
+        name: a new name.
+        function: ``function(w, g, state)`` returns I in the shape of w. w and g are [n, rows, columns]: the parameters of
+            one shape and kind (λ: columns 1), after the optimizer's step, and their gradients. ``state`` is a dictionary
+            of tensors that belongs to this group of parameters and is kept between steps and in checkpoints. It runs in
+            plain PyTorch, once per shape, and only on steps whose gradients are finite (checking that synchronises).
+        smoothing: the default smoothing of I.
+        source: where it comes from, for reports.
+        min_updates: masks wait for so many updates.
+
+    Raises:
+        ValueError: the name is taken, or the smoothing unknown.
+    """
+    if name in _scores:
+        raise ValueError(f"a score called {name!r} exists already; choose another name")
+    if not callable(function):
+        raise TypeError(f"the function of score {name!r} must be callable as function(w, g, state), got {function!r}")
+    if smoothing not in SMOOTHINGS:
+        raise ValueError(f"smoothing {smoothing!r} is not one of {tuple(SMOOTHINGS)}")
+    _scores[name] = Score(name=name, smoothing=smoothing, source=source, function=function, min_updates=min_updates)
+    return _scores[name]
