@@ -50,8 +50,8 @@ format: $(STAMP) ## put style and format right
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## run the CPU benchmarks
-	$(BIN)/python benchmarks/op_counts.py $(ARGS)
-	$(BIN)/python benchmarks/step_cpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.op_counts $(ARGS)
+	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
 
 # A fresh environment, frozen. Dropped: local version suffixes (+cpu) and the CUDA libraries, which torch pins itself.
 lock: ## resolve every dependency afresh into constraints.txt

@@ -1,6 +1,7 @@
 """RankAllocator: moves the rank budget to the triplets that matter most, once per optimizer step.
 
-Order in a training step: ``loss.backward()`` → clip → ``optimizer.step()`` → ``allocator.step()`` → ``zero_grad()``.
+Order in a training step: ``loss.backward()`` → clip → ``optimizer.step()`` → ``allocator.step()`` →
+``zero_grad()``.
 """
 
 import warnings
@@ -23,20 +24,21 @@ SCORE_GRADIENTS = ("total", "task")
 class RankAllocator:
     """Scores the triplets (P column, λ, Q row) of all adapted layers and keeps the best b(t) of them.
 
-    Statistics follow AdaLoRA (arXiv 2303.10512, eq. 7-11) with w after the optimizer's step, as in the public code; the
-    budget is :class:`BudgetSchedule`'s; exactly b(t) triplets are kept, ties go to the lower layer, then the lower triplet.
-    Nothing but :meth:`ranks`, :meth:`rank_pattern` and saving waits for the device.
+    Statistics follow AdaLoRA (arXiv 2303.10512, eq. 7-11) with w after the optimizer's step, as in the public
+    code; the budget is :class:`BudgetSchedule`'s; exactly b(t) triplets are kept, ties go to the lower layer,
+    then the lower triplet. Nothing but :meth:`ranks`, :meth:`rank_pattern` and saving waits for the device.
 
     Args:
-        model: a model with ``AdaLoraLinear`` layers (or any modules with a method ``factors()``). The allocator becomes
-            its attribute ``rankallocator``.
+        model: a model with ``AdaLoraLinear`` layers (or any modules with a method ``factors()``). The
+            allocator becomes its attribute ``rankallocator``.
         target_r: mean rank of a layer at the end.
         tinit, tfinal, deltaT, total_step: the schedule, in optimizer steps.
         score: ``sensitivity``, ``movement``, ``fisher``, ``gsnr``, ``magnitude`` or a registered name.
         smoothing: ``ema_uncertainty``, ``ema``, ``sum``, ``none``; None takes the score's default.
         beta1, beta2: decay of Ī (and gsnr's moments) and of Ū, in (0, 1).
         target_total_rank: the final budget in triplets, instead of ``target_r`` times the number of layers.
-        score_gradient: ``"total"`` scores the full gradient, ``"task"`` without the orthogonality term's part.
+        score_gradient: ``"total"`` scores the full gradient, ``"task"`` without the orthogonality term's
+            part.
         layers: name → function returning the layer's :class:`Factors`; None collects them from ``model``.
         finished: the layers were cut down to their final ranks already; nothing is left to prune.
 
@@ -64,7 +66,9 @@ class RankAllocator:
     ) -> None:
         self._layers = dict(adapted_layers(model) if layers is None else layers)
         if not self._layers:
-            raise ValueError(f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear")
+            raise ValueError(
+                f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
+            )
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 < beta < 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {beta}")
@@ -80,7 +84,8 @@ class RankAllocator:
             target_total_rank = initial
         elif target_total_rank >= initial:
             raise ValueError(
-                f"the target budget ({target_total_rank} triplets over {len(self._layers)} layers) must be smaller than "
+                f"the target budget ({target_total_rank} triplets over {len(self._layers)} "
+                "layers) must be smaller than "
                 f"the initial one ({initial}); choose target_r < init_r"
             )
         self._initial, self._target = initial, target_total_rank
@@ -92,7 +97,7 @@ class RankAllocator:
         self.is_final = self.is_over = finished
         model.rankallocator = self
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state
 
     def set_schedule(self, *, tinit: int, tfinal: int, deltaT: int, total_step: int) -> None:
         """Replace the schedule (see :class:`BudgetSchedule`, which also says what is refused)."""
@@ -129,7 +134,9 @@ class RankAllocator:
         parameters = self._parameters()
         devices = {parameter.device for parameter in parameters}
         if len(devices) > 1:
-            raise ValueError(f"adapter parameters lie on several devices ({sorted(map(str, devices))}); use one")
+            raise ValueError(
+                f"adapter parameters lie on several devices ({sorted(map(str, devices))}); use one"
+            )
         self._device = devices.pop()
         dtypes = {parameter.dtype for parameter in parameters}
         self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -155,7 +162,7 @@ class RankAllocator:
         """A_0, E_0, B_0, A_1, ... (looked up anew each time: a parameter object may be replaced)."""
         return [parameter for factors in self._factors() for parameter in factors]
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step
 
     @property
     def budget(self) -> int:
@@ -171,8 +178,8 @@ class RankAllocator:
 
         Raises:
             ValueError: no adapter parameter has a gradient.
-            RuntimeError: the attached optimizer has not stepped since the last call (called before ``optimizer.step()``,
-                or twice for one).
+            RuntimeError: the attached optimizer has not stepped since the last call (called before
+                ``optimizer.step()``, or twice for one).
         """
         t = self.t if t is None else t
         if not isinstance(t, int) or t < 0:
@@ -186,41 +193,50 @@ class RankAllocator:
                 self._prune(self.schedule.budget(t))
         else:
             if t > self.schedule.final_step:
-                _warn(f"step {self.schedule.final_step}, the final allocation, was missed; it is made now, at step {t}")
+                _warn(
+                    f"step {self.schedule.final_step}, the final allocation, was missed; it is "
+                    f"made now, at step {t}"
+                )
             self._make_final()
         self.t = t + 1
         self._orthogonality = self._probe = None
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """End the run: if the final budget was not reached, prune to it now, with a warning; later steps keep the mask."""
+        """End the run: if the final budget was not reached, prune to it now, with a warning; later steps keep
+        the mask.
+        """
         if not self.is_final:
             _warn(
-                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the final allocation (step "
-                f"{self.schedule.final_step}); it is pruned from {self.budget} to {self.schedule.target} triplets now"
+                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the "
+                "final allocation (step "
+                f"{self.schedule.final_step}); it is pruned from {self.budget} to "
+                f"{self.schedule.target} triplets now"
             )
             self._make_final()
         self.is_over = True
 
     def _make_final(self) -> None:
         if self._update_count < self.score.min_updates:
-            _warn(f"the final allocation rests on {self._update_count} updates of the statistics; train longer")
+            _warn(
+                f"the final allocation rests on {self._update_count} updates of the statistics; train longer"
+            )
         self._prune(self.schedule.target, final=True)
         self.is_final = True
         self._statistics = self._statistics[:, :0]  # never read again
         self._user_state = {}
 
     def _lambdas(self) -> list[Tensor]:
-        return [factors.lora_E.detach() for factors in self._factors()]
+        return [factors.lora_E for factors in self._factors()]
 
     def _prune(self, budget: int, final: bool = False) -> None:
-        parameters = [parameter.detach() for parameter in self._parameters()]
+        parameters = self._parameters()
         if self.score.function is None:
             scores = importance_scores(parameters, self._statistics, self.score.name, self.smoothing)
         else:
             scores = reference.triplet_scores(parameters, self._statistics, self.score.name, self.smoothing)
         self._mask = select_triplets(scores, torch.full((), budget, dtype=torch.int64, device=scores.device))
-        if not final:  # too few updates to judge by: keep everything (decided on the device, steps may have been skipped)
+        if not final:  # too few updates keep everything; only the device knows which counted
             self._mask = self._mask | (self._updates.max() < self.score.min_updates)
         apply_mask_(self._mask, self._lambdas())
 
@@ -229,13 +245,14 @@ class RankAllocator:
         grads = [parameter.grad for parameter in parameters]
         if all(grad is None for grad in grads):
             raise ValueError(
-                "no adapter parameter has a gradient; call allocator.step() after loss.backward() and before zero_grad()"
+                "no adapter parameter has a gradient; call allocator.step() after loss.backward() "
+                "and before zero_grad()"
             )
         self._check_placement(parameters)
         grads = self._without_orthogonality(parameters, grads)
         if self.score.function is None:
             importance_update_(
-                [parameter.detach() for parameter in parameters],
+                parameters,
                 grads,
                 self._statistics,
                 self._updates,
@@ -251,7 +268,9 @@ class RankAllocator:
     def _check_placement(self, parameters: list[Tensor]) -> None:
         """Follow a model that was moved or cast; refuse one whose layers changed shape."""
         if [parameter.shape for parameter in parameters] != self._shapes:
-            raise ValueError("adapter shapes changed since the allocator was made; call rebind() or make a new one")
+            raise ValueError(
+                "adapter shapes changed since the allocator was made; call rebind() or make a new one"
+            )
         if parameters[0].device != self._device:
             self._device = parameters[0].device
             for name in ("_statistics", "_updates", "_mask"):
@@ -259,7 +278,7 @@ class RankAllocator:
             self._user_state = {key: value.to(self._device) for key, value in self._user_state.items()}
 
     def _update_user_statistics(self, parameters: list[Tensor], grads: list[Tensor | None]) -> None:
-        """The registered score's own path: plain PyTorch, one call per shape, and a look at the finite flag."""
+        """A registered score's path: plain PyTorch, one call per shape, and a look at the finite flag."""
         layout = layout_of(parameters, self.score.name)
         missing = [grad is None for grad in grads]
         raw, finite = reference.signals(layout, parameters, grads, lambda w, g: g, self._dtype)
@@ -268,25 +287,35 @@ class RankAllocator:
         alive = torch.tensor([not absent for absent in missing], device=self._device)
         for number, (group, gradient) in enumerate(zip(layout.groups, raw, strict=True)):
             members = list(group.members)
-            weights = torch.stack([parameters[i].detach() for i in members]).to(self._dtype)
+            weights = torch.stack([parameters[i] for i in members]).to(self._dtype)
             prefix = f"{number}."
-            state = {key.removeprefix(prefix): v for key, v in self._user_state.items() if key.startswith(prefix)}
+            state = {
+                key.removeprefix(prefix): v for key, v in self._user_state.items() if key.startswith(prefix)
+            }
             value = self.score.function(weights, gradient, state)
             if not isinstance(value, Tensor) or value.shape != weights.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"score {self.score.name!r} must return a tensor {tuple(weights.shape)}, got {got}")
+                raise ValueError(
+                    f"score {self.score.name!r} must return a tensor {tuple(weights.shape)}, got {got}"
+                )
             self._user_state.update({prefix + key: tensor for key, tensor in state.items()})
-            rows = {name: group.view(self._statistics[row]) for row, name in enumerate(self._statistic_names())}
+            rows = {
+                name: group.view(self._statistics[row]) for row, name in enumerate(self._statistic_names())
+            }
             moving = alive[members].to(self._dtype).view(-1, 1, 1)
             reference.smooth_(rows, value.to(self._dtype), self.smoothing, moving, self.beta1, self.beta2)
         self._updates.add_(alive)
 
-    # -- score_gradient="task" -----------------------------------------------------------------------------------------
+    # -- score_gradient="task"
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
-        """Remember what the orthogonality term adds to the raw gradients of this backward (called by its loss)."""
+        """Remember what the orthogonality term adds to the raw gradients of this backward (called by its
+        loss).
+        """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise RuntimeError("score_gradient='task' works in one process only; use 'total' for distributed training")
+            raise RuntimeError(
+                "score_gradient='task' works in one process only; use 'total' for distributed training"
+            )
         parts = [upstream * stack for stack in stacks]
         if self._orthogonality is None:
             self._orthogonality = parts
@@ -298,11 +327,14 @@ class RankAllocator:
     def _take_probe(self, parameter: Tensor) -> None:
         self._probe = parameter.grad.detach().clone()
 
-    def _without_orthogonality(self, parameters: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+    def _without_orthogonality(
+        self, parameters: list[Tensor], grads: list[Tensor | None]
+    ) -> list[Tensor | None]:
         """The task's part of the gradients.
 
-        Clipping and unscaling multiplied every gradient by one factor c since backward; it is read off a parameter whose
-        raw gradient was kept, and the regulariser's raw part is taken out with the same factor.
+        Clipping and unscaling multiplied every gradient by one factor c since backward; it is read off a
+        parameter whose raw gradient was kept, and the regulariser's raw part is taken out with the same
+        factor.
         """
         if self.score_gradient == "total" or self._orthogonality is None or self._probe is None:
             return grads
@@ -317,7 +349,7 @@ class RankAllocator:
                     result[3 * layer + kind] = result[3 * layer + kind] - (factor * part).to(part.dtype)
         return result
 
-    # -- optimizers ----------------------------------------------------------------------------------------------------
+    # -- optimizers
 
     def attach(self, optimizer: torch.optim.Optimizer, *, automatic: bool = True) -> None:
         """Tie the allocator to ``optimizer``, so that an allocation cannot silently not run.
@@ -325,8 +357,8 @@ class RankAllocator:
         Args:
             optimizer: the one that trains the adapter (wrapped ones, as Accelerate's, are unwrapped).
             automatic: step the allocator after every ``optimizer.step()``; no call is needed then. Otherwise
-                :meth:`step` is yours to call, and raises where the optimizer has not stepped. An optimizer step that a
-                ``GradScaler`` skips does not count.
+                :meth:`step` is yours to call, and raises where the optimizer has not stepped. An optimizer
+                step that a ``GradScaler`` skips does not count.
 
         Raises:
             ValueError: the optimizer holds none of the adapter's parameters.
@@ -334,11 +366,15 @@ class RankAllocator:
         """
         while not hasattr(optimizer, "register_step_post_hook") or hasattr(optimizer, "optimizer"):
             if not hasattr(optimizer, "optimizer"):
-                raise ValueError(f"{type(optimizer).__name__} is no torch optimizer; call allocator.step() by hand")
+                raise ValueError(
+                    f"{type(optimizer).__name__} is no torch optimizer; call allocator.step() by hand"
+                )
             optimizer = optimizer.optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in held for parameter in self._parameters()):
-            raise ValueError("this optimizer holds none of the adapter's parameters; attach the one that trains them")
+            raise ValueError(
+                "this optimizer holds none of the adapter's parameters; attach the one that trains them"
+            )
         if self._optimizer is not None:
             raise RuntimeError("an optimizer is attached already; call detach() first")
         self._optimizer, self._automatic, self._optimizer_has_stepped = optimizer, automatic, False
@@ -362,13 +398,14 @@ class RankAllocator:
             present = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
             if all(grad.isfinite().all() for grad in present):
                 raise RuntimeError(
-                    "allocator.step() was called without an optimizer.step() since the last one; call it once, after "
+                    "allocator.step() was called without an optimizer.step() since the last one; "
+                    "call it once, after "
                     "optimizer.step() and before zero_grad()"
                     + (" (attach() already does: remove the call)" if self._automatic else "")
                 )
         self._optimizer_has_stepped = False
 
-    # -- results and checkpoints ---------------------------------------------------------------------------------------
+    # -- results and checkpoints
 
     def ranks(self) -> dict[str, int]:
         """Name of every layer and the number of its triplets that are kept. Waits for the device."""
@@ -385,7 +422,7 @@ class RankAllocator:
         return pattern
 
     def rebind(self) -> None:
-        """Take the layers as they are now (after their ranks changed): fresh statistics, every triplet kept."""
+        """Take the layers as they are after their ranks changed: fresh statistics, every triplet kept."""
         self._allocate_statistics()
 
     def state_dict(self) -> AllocatorState:

@@ -18,7 +18,9 @@ AllocatorState = dict[str, Any]  # {"config": plain values, "tensors": {name: te
 
 
 def save_state(allocator: "RankAllocator") -> AllocatorState:
-    """See :meth:`RankAllocator.state_dict`. Statistics are stored per parameter, so that the file explains itself."""
+    """See :meth:`RankAllocator.state_dict`. Statistics are stored per parameter, so that the file explains
+    itself.
+    """
     config = {
         "format": FORMAT,
         "t": allocator.t,
@@ -76,7 +78,9 @@ def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
         t, is_final, is_over = int(config["t"]), bool(config["is_final"]), bool(config["is_over"])
         update_count = int(config["update_count"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"allocator state is incomplete ({error}); it is damaged or not an allocator's") from error
+        raise ValueError(
+            f"allocator state is incomplete ({error}); it is damaged or not an allocator's"
+        ) from error
     mask = _mask_for_layers(mask, layers, allocator)
     size = 0 if is_final else allocator._statistics.shape[1]
     statistics = torch.zeros(
@@ -84,10 +88,15 @@ def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
     )
     if not is_final:
         if updates.shape != allocator._updates.shape:
-            raise ValueError(f"allocator state counts {updates.numel()} parameters, the model has {len(allocator._updates)}")
+            raise ValueError(
+                f"allocator state counts {updates.numel()} parameters, the model has "
+                f"{len(allocator._updates)}"
+            )
         for name, view in _statistic_views(allocator, statistics):
             if name not in tensors or tensors[name].shape != view.shape:
-                raise ValueError(f"allocator state lacks {name} {tuple(view.shape)}; it is damaged or of another model")
+                raise ValueError(
+                    f"allocator state lacks {name} {tuple(view.shape)}; it is damaged or of another model"
+                )
             view.copy_(tensors[name])
     allocator._statistics, allocator._mask = statistics, mask.to(allocator._device)
     allocator._updates = updates.to(allocator._device, copy=True)
@@ -101,25 +110,37 @@ def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
 
 
 def _check_same(config: dict, allocator: "RankAllocator") -> None:
-    ours = {"score": allocator.score.name, "smoothing": allocator.smoothing, "score_gradient": allocator.score_gradient}
+    ours = {
+        "score": allocator.score.name,
+        "smoothing": allocator.smoothing,
+        "score_gradient": allocator.score_gradient,
+    }
     for name, value in ours.items():
         if config[name] != value:
-            raise ValueError(f"allocator state was saved with {name}={config[name]!r}, this allocator has {value!r}")
+            raise ValueError(
+                f"allocator state was saved with {name}={config[name]!r}, this allocator has {value!r}"
+            )
     if config["schedule"]["target"] != allocator.schedule.target:
         raise ValueError(
-            f"allocator state has a target budget of {config['schedule']['target']} triplets, this allocator has "
+            f"allocator state has a target budget of {config['schedule']['target']} triplets, "
+            "this allocator has "
             f"{allocator.schedule.target}; use the same target_r"
         )
 
 
 def _mask_for_layers(mask: torch.Tensor, layers: dict[str, int], allocator: "RankAllocator") -> torch.Tensor:
-    """The saved mask for the layers as they are: whole, or already cut down to the triplets that were kept."""
-    now = {name: factors.lora_E.shape[0] for name, factors in zip(allocator._layers, allocator._factors(), strict=True)}
+    """The saved mask for the layers as they are: whole, or cut down to the triplets that were kept."""
+    now = {
+        name: factors.lora_E.shape[0]
+        for name, factors in zip(allocator._layers, allocator._factors(), strict=True)
+    }
     if list(layers) != list(now):
         strange = next((name for name in (*layers, *now) if (name in layers) != (name in now)), "their order")
         raise ValueError(f"allocator state belongs to other layers (first difference: {strange})")
     if mask.dtype != torch.bool or mask.numel() != sum(layers.values()):
-        raise ValueError(f"allocator state has a mask of {mask.numel()} {mask.dtype} for {sum(layers.values())} triplets")
+        raise ValueError(
+            f"allocator state has a mask of {mask.numel()} {mask.dtype} for {sum(layers.values())} triplets"
+        )
     parts = []
     for (name, rank), kept in zip(layers.items(), mask.split(list(layers.values())), strict=True):
         if now[name] == rank:
@@ -158,4 +179,6 @@ def read_state(folder: str | os.PathLike) -> AllocatorState | None:
             config = json.loads((file.metadata() or {})["adalora_fast"])
             return {"config": config, "tensors": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a readable allocator state ({error}); restore it or delete it") from error
+        raise ValueError(
+            f"{path} is not a readable allocator state ({error}); restore it or delete it"
+        ) from error

@@ -1,4 +1,6 @@
-"""The budget of triplets over a run: warm-up, cubic decrease, final phase (arXiv 2303.10512, eq. 14, as its code has it)."""
+"""The budget of triplets over a run: warm-up, cubic decrease, final phase (arXiv 2303.10512, eq. 14, as its
+code has it).
+"""
 
 from dataclasses import dataclass
 
@@ -10,11 +12,12 @@ class BudgetSchedule:
     With T = ``total_step``, t counted from 0, f = min(T - tfinal, T - 1) the step of the final mask::
 
         t ≤ tinit          b(0), no mask
-        tinit < t < f      int(b(T) + (b(0) - b(T)) (1 - (t - tinit) / (T - tfinal - tinit))³), mask iff t % deltaT == 0
-        t = f              b(T), always a mask
+        tinit < t < f      int(b(T) + (b(0) - b(T)) (1 - (t - tinit) / (T - tfinal - tinit))³), mask iff t %
+        deltaT == 0 t = f              b(T), always a mask
         t > f              b(T), the mask of step f stays
 
-    (Eq. 14 of the paper has t - tinit - tfinal in the numerator, which jumps at both ends; the public code does not.)
+    (Eq. 14 of the paper has t - tinit - tfinal in the numerator, which jumps at both ends; the public code
+    does not.)
 
     Args:
         initial: b(0), all triplets.
@@ -40,20 +43,27 @@ class BudgetSchedule:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
         if self.total_step < 1:
-            raise ValueError(f"total_step must be at least 1, got {self.total_step}; give the run's optimizer steps")
+            raise ValueError(
+                f"total_step must be at least 1, got {self.total_step}; give the run's optimizer steps"
+            )
         if self.tinit < 0 or self.tfinal < 0:
             raise ValueError(f"tinit ({self.tinit}) and tfinal ({self.tfinal}) must not be negative")
         if self.deltaT < 1:
             raise ValueError(f"deltaT must be at least 1, got {self.deltaT}")
         if self.tinit + self.tfinal >= self.total_step:
             raise ValueError(
-                f"tinit ({self.tinit}) + tfinal ({self.tfinal}) must be smaller than total_step ({self.total_step}); "
+                f"tinit ({self.tinit}) + tfinal ({self.tfinal}) must be smaller than total_step "
+                f"({self.total_step}); "
                 "shorten the schedule or train longer"
             )
         if self.target < 1:
-            raise ValueError(f"the target budget must be at least 1 triplet, got {self.target}; raise target_r")
+            raise ValueError(
+                f"the target budget must be at least 1 triplet, got {self.target}; raise target_r"
+            )
         if self.target > self.initial:
-            raise ValueError(f"the target budget ({self.target} triplets) exceeds the initial one ({self.initial})")
+            raise ValueError(
+                f"the target budget ({self.target} triplets) exceeds the initial one ({self.initial})"
+            )
 
     @property
     def final_step(self) -> int:

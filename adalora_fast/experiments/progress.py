@@ -25,7 +25,7 @@ class TrainingProgress:
         self.console = console or Console(file=sys.stderr)
         self._runs = runs
         self._finished = 0
-        self._bars = Progress(
+        self.bars = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -41,46 +41,46 @@ class TrainingProgress:
         self._one: TaskID | None = None
 
     def __enter__(self) -> "TrainingProgress":
-        self._bars.start()
+        self.bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        self.bars.stop()
 
     def start_run(self, label: str, steps: int, done: int = 0) -> None:
         """A run of `steps` optimizer steps begins, `done` of them from an earlier attempt."""
         if self._runs > 1 and self._all is None:
-            self._all = self._bars.add_task("all runs", total=self._runs * steps, note="")
+            self._all = self.bars.add_task("all runs", total=self._runs * steps, note="")
         if self._all is not None:
             note = f"run {self._finished + 1} of {self._runs}"
-            self._bars.update(self._all, completed=self._finished * steps + done, note=note)
-        self._one = self._bars.add_task(label, total=steps, completed=done, note="")
+            self.bars.update(self._all, completed=self._finished * steps + done, note=note)
+        self._one = self.bars.add_task(label, total=steps, completed=done, note="")
 
     def advance(self) -> None:
         for bar in (self._all, self._one):
             if bar is not None:
-                self._bars.advance(bar)
+                self.bars.advance(bar)
 
     def note(self, text: str) -> None:
         """A few words beside the bar of the run at work, such as its loss."""
         if self._one is not None:
-            self._bars.update(self._one, note=text)
+            self.bars.update(self._one, note=text)
 
     def finish_run(self, line: str) -> None:
         """Replace the bar of the run at work by one line that stays."""
         self._finished += 1
         if self._one is not None:
-            self._bars.remove_task(self._one)
+            self.bars.remove_task(self._one)
             self._one = None
-        self._bars.console.print(line, highlight=False)
+        self.bars.console.print(line, highlight=False)
 
     def count(self, description: str, done: int, total: int) -> None:
         """A bar for something short before training, such as reading files; it goes away when it is full."""
         if self._one is None:
-            self._one = self._bars.add_task(description, total=total, note="")
-        self._bars.update(self._one, completed=done)
+            self._one = self.bars.add_task(description, total=total, note="")
+        self.bars.update(self._one, completed=done)
         if done == total:
-            self._bars.remove_task(self._one)
+            self.bars.remove_task(self._one)
             self._one = None

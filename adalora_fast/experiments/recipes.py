@@ -40,14 +40,25 @@ class Recipe:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "max_length", "init_r", "target_r", "scale", "deltaT"):
+        for name in (
+            "epochs",
+            "learning_rate",
+            "batch_size",
+            "max_length",
+            "init_r",
+            "target_r",
+            "scale",
+            "deltaT",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         for name in ("weight_decay", "warmup", "tinit", "tfinal", "orth_reg_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.target_r > self.init_r:
-            raise ValueError(f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r")
+            raise ValueError(
+                f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r"
+            )
 
 
 def load_recipe(name: str, task: str, **overrides: object) -> Recipe:

@@ -48,7 +48,9 @@ class RunSettings:
     @property
     def label(self) -> str:
         """A short name for tables and folders."""
-        return {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "full": "full"}.get(self.method, self.score)
+        return {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "full": "full"}.get(
+            self.method, self.score
+        )
 
 
 def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -88,7 +90,9 @@ class RunFolder:
                 config = {"settings": asdict(self.settings), "environment": environment()}
                 write_json(self.working / "config.json", config)
         except OSError as error:
-            raise type(error)(f"cannot write to {self.path} ({error.strerror}); choose another --output") from error
+            raise type(error)(
+                f"cannot write to {self.path} ({error.strerror}); choose another --output"
+            ) from error
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, remove what was only needed for resuming, and give the folder its name."""
@@ -106,10 +110,16 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     for existing in (folder.path, folder.working):
         config = existing / "config.json"
         if config.is_file():
-            difference = _first_difference(read_json(config)["settings"], json.loads(json.dumps(asdict(settings))))
+            difference = _first_difference(
+                read_json(config)["settings"], json.loads(json.dumps(asdict(settings)))
+            )
             if difference is not None:
-                raise ValueError(f"{existing} holds a run with {difference}; choose another --output or delete it")
-        elif existing is folder.path and existing.exists() and (existing.is_file() or any(existing.iterdir())):
+                raise ValueError(
+                    f"{existing} holds a run with {difference}; choose another --output or delete it"
+                )
+        elif (
+            existing is folder.path and existing.exists() and (existing.is_file() or any(existing.iterdir()))
+        ):
             raise ValueError(f"{existing} exists and is not a run; choose another --output")
     if folder.path.is_dir() and not folder.is_complete and any(folder.path.iterdir()):
         raise ValueError(f"{folder.path} has no result.json; choose another --output or delete it")

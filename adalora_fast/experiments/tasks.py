@@ -64,8 +64,18 @@ TASKS: dict[str, Task] = {
             labels=("not_duplicate", "duplicate"),
             metrics=("accuracy", "f1"),
         ),
-        Task(name="wnli", text_columns=_SENTENCES, labels=("not_entailment", "entailment"), metrics=("accuracy",)),
-        Task(name="stsb", text_columns=_SENTENCES, labels=(), metrics=("pearson_spearman", "pearson", "spearman")),
+        Task(
+            name="wnli",
+            text_columns=_SENTENCES,
+            labels=("not_entailment", "entailment"),
+            metrics=("accuracy",),
+        ),
+        Task(
+            name="stsb",
+            text_columns=_SENTENCES,
+            labels=(),
+            metrics=("pearson_spearman", "pearson", "spearman"),
+        ),
         Task(
             name="mnli",
             text_columns=("premise", "hypothesis"),
@@ -108,7 +118,11 @@ def get_task(name: str) -> Task:
 def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
     """Read one split from `data_dir`, or from the hub where it is None, and check every label."""
     if data_dir is None:
-        table, source, sample = _read_hub(task, split), f"{task.hub_dataset}/{task.hub_name or task.name}:{split}", False
+        table, source, sample = (
+            _read_hub(task, split),
+            f"{task.hub_dataset}/{task.hub_name or task.name}:{split}",
+            False,
+        )
     else:
         path = find_split_file(task, split, Path(data_dir).expanduser())
         table, source, sample = _read_parquet(path), str(path), path.stem != split
@@ -124,7 +138,9 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
     for column, values in zip(task.text_columns, texts, strict=True):
         bad = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
         if bad is not None:
-            raise ValueError(f"{source} row {bad}: {column} is {values[bad]!r}, not a text; remove or fix that row")
+            raise ValueError(
+                f"{source} row {bad}: {column} is {values[bad]!r}, not a text; remove or fix that row"
+            )
     return Split(texts=texts, labels=labels, source=source, sample=sample)
 
 
@@ -145,7 +161,9 @@ def _read_parquet(path: Path) -> "pyarrow.Table":
     try:
         return pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not readable parquet ({str(error).splitlines()[0]}); write it again") from error
+        raise ValueError(
+            f"{path} is not readable parquet ({str(error).splitlines()[0]}); write it again"
+        ) from error
 
 
 def _read_hub(task: Task, split: str) -> "pyarrow.Table":
@@ -169,4 +187,6 @@ def _check_labels(task: Task, labels: list, source: str) -> None:
         allowed = f"an integer from 0 to {task.num_labels - 1}"
         bad = [row for row, y in enumerate(labels) if not isinstance(y, int) or not 0 <= y < task.num_labels]
     if bad:
-        raise ValueError(f"{source} row {bad[0]}: label {labels[bad[0]]!r} is not {allowed}; fix or remove that row")
+        raise ValueError(
+            f"{source} row {bad[0]}: label {labels[bad[0]]!r} is not {allowed}; fix or remove that row"
+        )

@@ -56,7 +56,9 @@ def train_run(
     folder.start()
     recorder = Recorder(folder, model, settings, progress)
     trainer = build_trainer(model, tokenizer, data, settings, task, folder, recorder, resumable=resumable)
-    checkpoint = get_last_checkpoint(folder.checkpoints) if resumable and folder.checkpoints.is_dir() else None
+    checkpoint = (
+        get_last_checkpoint(folder.checkpoints) if resumable and folder.checkpoints.is_dir() else None
+    )
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = {}
     for split in task.evaluation:
@@ -172,7 +174,9 @@ def _compute(task: Task, outputs: EvalPrediction) -> dict[str, float]:
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, one object per log step or evaluation, and moves the progress bar."""
 
-    def __init__(self, folder: RunFolder, model: Any, settings: RunSettings, progress: TrainingProgress) -> None:
+    def __init__(
+        self, folder: RunFolder, model: Any, settings: RunSettings, progress: TrainingProgress
+    ) -> None:
         self.path = folder.working / "metrics.jsonl"
         self.model = model
         self.settings = settings
@@ -190,7 +194,9 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.advance()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         line: dict[str, Any] = {"step": state.global_step, **(logs or {})}
         if self.settings.method == "adalora":
             line["budget"] = int(self.model.base_model.rankallocator.budget)

@@ -18,8 +18,12 @@ class FusedSVDLinear(SVDLinear):
     trained_adapter: str | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The base layer plus every active adapter (arXiv 2303.10512, eq. 1, scale lora_alpha / (ranknum + 1e-5))."""
-        names = [name for name in self.active_adapters if name in self.lora_A and self.lora_A[name].shape[0] > 0]
+        """The base layer plus every active adapter (arXiv 2303.10512, eq. 1, scale lora_alpha / (ranknum +
+        1e-5)).
+        """
+        names = [
+            name for name in self.active_adapters if name in self.lora_A and self.lora_A[name].shape[0] > 0
+        ]
         if self.disable_adapters or self.merged or not names or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
@@ -46,7 +50,9 @@ class FusedSVDLinear(SVDLinear):
         )
 
     def update_layer(self, adapter_name: str, r: int, *args, **kwargs) -> None:
-        """PEFT's, and the rank as a plain number (reading ``ranknum`` in every forward would wait for the device)."""
+        """PEFT's, and the rank as a plain number (reading ``ranknum`` in every forward would wait for the
+        device).
+        """
         super().update_layer(adapter_name, r, *args, **kwargs)
         self._denominator[adapter_name] = r + 1e-5
 
@@ -65,7 +71,7 @@ class FusedSVDLinear(SVDLinear):
 
 
 def factors_of(layer: AdaLoraLayer, adapter_name: str | None) -> Factors | None:
-    """The named adapter's factors in any of PEFT's AdaLoRA layers, or None if the layer has no such adapter."""
+    """The named adapter's factors in any of PEFT's AdaLoRA layers, or None where it has none."""
     if adapter_name is None or adapter_name not in layer.lora_A:
         return None
     return Factors(layer.lora_A[adapter_name], layer.lora_E[adapter_name], layer.lora_B[adapter_name])
@@ -98,7 +104,9 @@ def adapter_layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
 
 
 def factor_finders(model: nn.Module, adapter_name: str) -> dict[str, partial]:
-    """For a RankAllocator: name → function returning the adapter's factors, for every layer that has the adapter."""
+    """For a RankAllocator: name → function returning the adapter's factors, for every layer that has the
+    adapter.
+    """
     return {
         name: partial(factors_of, layer, adapter_name)
         for name, layer in adapter_layers(model).items()

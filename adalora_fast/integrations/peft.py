@@ -1,4 +1,6 @@
-"""``fuse``: a PEFT AdaLoRA model made fast and correct in place; same state dict, same checkpoints, same methods."""
+"""``fuse``: a PEFT AdaLoRA model made fast and correct in place; same state dict, same checkpoints, same
+methods.
+"""
 
 import contextlib
 import json
@@ -73,7 +75,9 @@ class FusedAdaLoraModel(AdaLoraModel):
             ValueError: every adapter is loaded for inference.
         """
         if self.rankallocator is None:
-            raise ValueError("no adapter of this model is trainable; load one with is_trainable=True, then fuse")
+            raise ValueError(
+                "no adapter of this model is trainable; load one with is_trainable=True, then fuse"
+            )
         return self.rankallocator
 
     def _watch_for_forgotten_allocator(self) -> None:
@@ -112,7 +116,7 @@ class FusedAdaLoraModel(AdaLoraModel):
             **self.allocator_settings,
         )
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints
 
     def peft_rank_pattern(self) -> dict[str, list[bool]]:
         """The rank pattern under PEFT's keys."""
@@ -130,7 +134,9 @@ class FusedAdaLoraModel(AdaLoraModel):
             config.rank_pattern = self.peft_rank_pattern()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*LoRA tensor.s. have invalid shape.*")  # rank 0 is meant
+                warnings.filterwarnings(
+                    "ignore", message=".*LoRA tensor.s. have invalid shape.*"
+                )  # rank 0 is meant
                 yield
         finally:
             config.rank_pattern = self._cut_pattern
@@ -146,14 +152,18 @@ class FusedAdaLoraModel(AdaLoraModel):
             if rank is None or adapter not in layer.lora_A or rank == layer.lora_A[adapter].shape[0]:
                 continue
             if not isinstance(layer, FusedSVDLinear):
-                raise ValueError(f"{name} ({type(layer).__name__}) cannot change its rank to {rank}; load a new model")
+                raise ValueError(
+                    f"{name} ({type(layer).__name__}) cannot change its rank to {rank}; load a new model"
+                )
             layer.resize(adapter, rank, config)
         self._cut_pattern = pattern
         self.make_allocator(finished=pattern is not None)
 
 
 class FusedPeftModel:
-    """What ``fuse`` adds to a ``PeftModel``: checkpoints carry the allocator, and are written whole or not at all."""
+    """What ``fuse`` adds to a ``PeftModel``: checkpoints carry the allocator, and are written whole or not at
+    all.
+    """
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs) -> None:
         """PEFT's, plus the allocator's state; written beside the target and moved into place at the end."""
@@ -162,7 +172,9 @@ class FusedPeftModel:
             return super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         allocator = tuner.rankallocator
         if allocator.t == 0 and tuner._forwards > 0 and not allocator.is_over:
-            warnings.warn("saving an adapter that was trained without one allocator step", UserWarning, stacklevel=2)
+            warnings.warn(
+                "saving an adapter that was trained without one allocator step", UserWarning, stacklevel=2
+            )
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; give save_pretrained a folder")
@@ -179,7 +191,9 @@ class FusedPeftModel:
             _move_files(Path(place), target)
 
     def load_adapter(self, model_id, adapter_name: str, *args, **kwargs):
-        """PEFT's, and the allocator's state if the checkpoint has one; whole and cut-down checkpoints both load."""
+        """PEFT's, and the allocator's state if the checkpoint has one; whole and cut-down checkpoints both
+        load.
+        """
         tuner, folder = self.base_model, Path(str(model_id)) / (kwargs.get("subfolder") or "")
         ours = tuner.rankallocator is not None and adapter_name == tuner.trainable_adapter_name
         if not ours or not (folder / "adapter_config.json").is_file():
@@ -191,16 +205,21 @@ class FusedPeftModel:
         tuner.peft_config[adapter_name].rank_pattern = tuner._cut_pattern
         if state is not None and tuner._cut_pattern is None:
             tuner.rankallocator.load_state_dict(state)
-            if not tuner.rankallocator.is_final and not (args[0] if args else kwargs.get("is_trainable", False)):
+            if not tuner.rankallocator.is_final and not (
+                args[0] if args else kwargs.get("is_trainable", False)
+            ):
                 _warn_unfinished(state["config"])
         elif state is None and tuner._cut_pattern is None:
-            warnings.warn(f"{folder} has no {FILE_NAME}: the allocator starts with empty statistics", stacklevel=2)
+            warnings.warn(
+                f"{folder} has no {FILE_NAME}: the allocator starts with empty statistics", stacklevel=2
+            )
         return result
 
 
 def _warn_unfinished(saved: dict) -> None:
     warnings.warn(
-        f"this checkpoint was saved before the final mask, at step {saved['t']} with {saved['budget']} triplets (final "
+        f"this checkpoint was saved before the final mask, at step {saved['t']} with "
+        f"{saved['budget']} triplets (final "
         f"budget {saved['schedule']['target']}); train on, or call rankallocator.finalize()",
         UserWarning,
         stacklevel=3,
@@ -254,13 +273,14 @@ def fuse(
 ) -> PeftModel:
     """Make a PEFT AdaLoRA model fast and its allocation correct, in place.
 
-    Layers, tuner and model change their class, nothing is copied: parameters, state dict, optimizers made before, and
-    PEFT's methods stay valid. Layers without a fused form (quantised bases, convolutions) keep PEFT's forward;
-    ``model.base_model.unfused`` names them with the reason.
+    Layers, tuner and model change their class, nothing is copied: parameters, state dict, optimizers made
+    before, and PEFT's methods stay valid. Layers without a fused form (quantised bases, convolutions) keep
+    PEFT's forward; ``model.base_model.unfused`` names them with the reason.
 
     Args:
         model: what ``get_peft_model(base, AdaLoraConfig(...))`` or ``PeftModel.from_pretrained`` returned.
-        score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude`` or a registered name.
+        score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude`` or a registered
+            name.
         smoothing, score_gradient: see :class:`adalora_fast.RankAllocator`.
         orth_penalty: ``"fro"`` (PEFT's) or ``"squared"`` (the paper's).
         precision: ``"default"`` or ``"highest"``, see :func:`adalora_fast.ops.adalora_linear`.
@@ -316,20 +336,28 @@ def _check_model(model: nn.Module) -> AdaLoraModel:
     if not isinstance(model, PeftModel):
         if any(isinstance(module, AdaLoraLayer) for module in getattr(model, "modules", list)()):
             raise TypeError(
-                f"{type(model).__name__} carries AdaLoRA layers but is no PeftModel (inject_adapter_in_model makes such "
+                f"{type(model).__name__} carries AdaLoRA layers but is no PeftModel "
+                "(inject_adapter_in_model makes such "
                 "models); use get_peft_model(model, config) and fuse its result"
             )
-        raise TypeError(f"fuse needs a PeftModel with AdaLoRA, got {type(model).__name__}; call get_peft_model first")
+        raise TypeError(
+            f"fuse needs a PeftModel with AdaLoRA, got {type(model).__name__}; call get_peft_model first"
+        )
     tuner = model.base_model
     if type(tuner) is not AdaLoraModel:
-        raise TypeError(f"fuse needs a PeftModel with AdaLoRA, this one has {type(tuner).__name__}; use an AdaLoraConfig")
+        raise TypeError(
+            f"fuse needs a PeftModel with AdaLoRA, this one has {type(tuner).__name__}; use an AdaLoraConfig"
+        )
     return tuner
 
 
 def _check_rank_pattern(pattern: dict | None) -> None:
     for name, kept in (pattern or {}).items():
-        if not isinstance(kept, (list, torch.Tensor)) or (isinstance(kept, list) and set(map(type, kept)) - {bool}):
+        if not isinstance(kept, (list, torch.Tensor)) or (
+            isinstance(kept, list) and set(map(type, kept)) - {bool}
+        ):
             raise ValueError(
-                f"rank_pattern gives {name!r} the value {kept!r}, as LoRA would; AdaLoRA's is made by training: leave it "
+                f"rank_pattern gives {name!r} the value {kept!r}, as LoRA would; AdaLoRA's is "
+                "made by training: leave it "
                 "None and set init_r and target_r"
             )

@@ -1,4 +1,6 @@
-"""AdaLoraCallback: AdaLoRA under the Hugging Face Trainer without a schedule to work out or a call to remember."""
+"""AdaLoraCallback: AdaLoRA under the Hugging Face Trainer without a schedule to work out or a call to
+remember.
+"""
 
 import warnings
 from pathlib import Path
@@ -15,20 +17,22 @@ TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Fuses the model if need be, fits the schedule to the run, steps the allocator once per optimizer step, ends it.
+    """Fuses the model if need be, fits the schedule to the run, steps the allocator once per optimizer step,
+    ends it.
 
-    Put into ``Trainer(callbacks=[AdaLoraCallback()])``. Logs ``adalora/budget`` and the smallest and largest rank of a
-    layer; checkpoints carry the allocator (the model's ``save_pretrained`` writes it) and resume exactly; a run that stops
-    before the final mask is pruned to the final budget at its end, with a warning.
+    Put into ``Trainer(callbacks=[AdaLoraCallback()])``. Logs ``adalora/budget`` and the smallest and largest
+    rank of a layer; checkpoints carry the allocator (the model's ``save_pretrained`` writes it) and resume
+    exactly; a run that stops before the final mask is pruned to the final budget at its end, with a warning.
 
     Args:
-        total_step: ``"auto"`` takes the Trainer's number of optimizer steps and writes it into the config (PEFT's config
-            needs some number when it is made); an integer must equal it; None means that the config's must.
-        tinit, tfinal: steps (int) or fractions of the run (float in [0, 1)). None: the config's own value if it is above
-            zero and ``total_step`` is not ``"auto"``, else 0.1 and 0.3 of the run.
+        total_step: ``"auto"`` takes the Trainer's number of optimizer steps and writes it into the config
+            (PEFT's config needs some number when it is made); an integer must equal it; None means that the
+            config's must.
+        tinit, tfinal: steps (int) or fractions of the run (float in [0, 1)). None: the config's own value if
+            it is above zero and ``total_step`` is not ``"auto"``, else 0.1 and 0.3 of the run.
         deltaT: steps between two masks; None: the config's.
-        score, smoothing, score_gradient, orth_penalty, precision: for :func:`fuse`, if the model is not fused yet; on a
-            fused one, a ``score`` that differs from its own is an error.
+        score, smoothing, score_gradient, orth_penalty, precision: for :func:`fuse`, if the model is not fused
+            yet; on a fused one, a ``score`` that differs from its own is an error.
 
     Raises:
         ValueError: (at the start of training) a schedule that does not fit the run, naming both numbers.
@@ -49,11 +53,13 @@ class AdaLoraCallback(TrainerCallback):
             raise ValueError(f'total_step must be "auto", an integer or None, got {total_step!r}')
         for name, value in (("tinit", tinit), ("tfinal", tfinal)):
             if isinstance(value, float) and not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} as a fraction of the run must be in [0, 1), got {value}; steps are integers")
+                raise ValueError(
+                    f"{name} as a fraction of the run must be in [0, 1), got {value}; steps are integers"
+                )
         self.total_step, self.tinit, self.tfinal, self.deltaT = total_step, tinit, tfinal, deltaT
         self.score, self.fuse_options = score, fuse_options
 
-    # -- events --------------------------------------------------------------------------------------------------------
+    # -- events
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Fuse before the Trainer loads a checkpoint, so that the allocator's state is loaded with it."""
@@ -67,7 +73,9 @@ class AdaLoraCallback(TrainerCallback):
         if not resumed and allocator.t > 0:
             allocator.reset()  # a run that starts again, as auto_find_batch_size makes it
         if resumed and allocator.t != state.global_step:
-            self._load_state(allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+            self._load_state(
+                allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
+            )
         if not allocator.is_final:
             self._fit_schedule(tuner, state.max_steps)
         allocator.is_over = False  # checkpoints of a run in progress keep whole tensors
@@ -76,14 +84,19 @@ class AdaLoraCallback(TrainerCallback):
         self.last_step = None
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Where the loss was not the model's own (label smoothing), add γ · dR/dP to the clipped gradients."""
+        """Where the loss was not the model's own (label smoothing), add γ · ∇R to the clipped gradients."""
         tuner = self._tuner(model)
         weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
         if tuner.regularised or weight == 0:
             return
         with torch.enable_grad():
             factors = tuner.rankallocator._factors()
-            inputs = [factor for layer in factors for factor in (layer.lora_A, layer.lora_B) if factor.grad is not None]
+            inputs = [
+                factor
+                for layer in factors
+                for factor in (layer.lora_A, layer.lora_B)
+                if factor.grad is not None
+            ]
             parts = torch.autograd.grad(weight * tuner.orthogonality_loss(), inputs)
         for factor, part in zip(inputs, parts, strict=True):
             factor.grad.add_(part)
@@ -114,16 +127,21 @@ class AdaLoraCallback(TrainerCallback):
             warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
         allocator.finalize()
 
-    # -- parts ---------------------------------------------------------------------------------------------------------
+    # -- parts
 
     def _tuner(self, model: nn.Module) -> FusedAdaLoraModel:
         model = unwrap(model)
         if not is_fused(model):
             fuse(model, self.score or "sensitivity", **self.fuse_options)
         tuner = model.base_model
-        if self.score is not None and tuner.rankallocator is not None and tuner.rankallocator.score.name != self.score:
+        if (
+            self.score is not None
+            and tuner.rankallocator is not None
+            and tuner.rankallocator.score.name != self.score
+        ):
             raise ValueError(
-                f"the callback asks for score {self.score!r}, the model was fused with {tuner.rankallocator.score.name!r}; "
+                f"the callback asks for score {self.score!r}, the model was fused with "
+                f"{tuner.rankallocator.score.name!r}; "
                 "give it to one of them only"
             )
         return tuner
@@ -133,7 +151,8 @@ class AdaLoraCallback(TrainerCallback):
         asked = config.total_step if self.total_step is None else self.total_step
         if asked != "auto" and asked != max_steps:
             raise ValueError(
-                f"total_step is {asked}, but the Trainer will take {max_steps} optimizer steps; set total_step={max_steps} "
+                f"total_step is {asked}, but the Trainer will take {max_steps} optimizer steps; "
+                f"set total_step={max_steps} "
                 'or AdaLoraCallback(total_step="auto")'
             )
         own = asked != "auto"
@@ -153,7 +172,8 @@ class AdaLoraCallback(TrainerCallback):
         state = read_state(folder)
         if state is None or state["config"]["t"] != step:
             raise ValueError(
-                f"the run resumes at step {step}, but the allocator is at {allocator.t} and {folder} has no state for it; "
+                f"the run resumes at step {step}, but the allocator is at {allocator.t} and "
+                f"{folder} has no state for it; "
                 "give AdaLoraCallback to the Trainer when it is made"
             )
         allocator.load_state_dict(state)
@@ -175,7 +195,8 @@ def unwrap(model: nn.Module | None) -> PeftModel:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None:
             raise TypeError(
-                f"AdaLoraCallback needs a PEFT AdaLoRA model, got {type(model).__name__}; call get_peft_model first, or use "
+                f"AdaLoraCallback needs a PEFT AdaLoRA model, got {type(model).__name__}; call "
+                "get_peft_model first, or use "
                 "RankAllocator.attach(optimizer)"
             )
         model = inner

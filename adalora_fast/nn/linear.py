@@ -18,10 +18,12 @@ class Factors(NamedTuple):
 
 
 class AdaLoraLinear(nn.Module):
-    """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ`` with W, b frozen (AdaLoRA, arXiv 2303.10512, eq. 1).
+    """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ`` with W, b frozen (AdaLoRA, arXiv 2303.10512, eq.
+    1).
 
-    scaling = alpha / (ranknum + 1e-5), and ``ranknum`` stays at the initial rank when triplets are pruned, as in PEFT.
-    lora_A, lora_B ~ N(0, 0.02²), lora_E = 0: a new layer computes exactly what its linear layer computed.
+    scaling = alpha / (ranknum + 1e-5), and ``ranknum`` stays at the initial rank when triplets are pruned, as
+    in PEFT. lora_A, lora_B ~ N(0, 0.02²), lora_E = 0: a new layer computes exactly what its linear layer
+    computed.
 
     Args:
         in_features, out_features: K and N.
@@ -71,7 +73,13 @@ class AdaLoraLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, r: int, *, alpha: float = 16.0, dropout: float = 0.0, precision: str = "default"
+        cls,
+        linear: nn.Linear,
+        r: int,
+        *,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        precision: str = "default",
     ) -> "AdaLoraLinear":
         """The adapted form of ``linear``: same device, weight and bias (shared, not copied), frozen.
 
@@ -148,7 +156,8 @@ class AdaLoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:
-        """Add ΔW to the frozen weight, so that the layer runs as a plain linear; a merged layer stays as it is.
+        """Add ΔW to the frozen weight, so that the layer runs as a plain linear; a merged layer stays as it
+        is.
 
         Args:
             safe_merge: check the sum first and change nothing if it is not finite.
@@ -160,19 +169,22 @@ class AdaLoraLinear(nn.Module):
             return
         delta = self.get_delta_weight()
         if safe_merge and not (self.weight + delta).isfinite().all():
-            raise ValueError("the merged weight would not be finite; the adapter is broken, the layer was left as it is")
+            raise ValueError(
+                "the merged weight would not be finite; the adapter is broken, the layer was left as it is"
+            )
         self.weight += delta.to(self.weight.dtype)
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take ΔW out of the weight again (exact up to rounding); a layer that is not merged stays as it is."""
+        """Take ΔW out of the weight again, exact up to rounding; an unmerged layer stays as it is."""
         if self.merged:
             self.weight -= self.get_delta_weight().to(self.weight.dtype)
             self.merged = False
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, alpha={self.alpha}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"alpha={self.alpha}, "
             f"dropout={self.dropout}, bias={self.bias is not None}"
         )

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def adapted_layers(model: nn.Module) -> dict[str, Callable[[], Factors | None]]:
     """Name of every adapted layer in ``named_modules`` order, and a function that returns its factors.
 
-    A layer is adapted if it has a method ``factors()``; one that returns None (no adapter under training) is left out.
+    A layer is adapted if it has a method ``factors()``; one that returns None (no adapter under training) is
+    left out.
     """
     layers = {}
     for name, module in model.named_modules():
@@ -28,8 +29,9 @@ def adapted_layers(model: nn.Module) -> dict[str, Callable[[], Factors | None]]:
 def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
     """R of all adapted layers of ``model``, to be added to the training loss as γ · R.
 
-    ``fro`` (PEFT): mean over the 2n factors of ‖Q Qᵀ - I‖_F and ‖Pᵀ P - I‖_F. ``squared`` (arXiv 2303.10512, eq. 4):
-    Σ_k (‖P_kᵀ P_k - I‖²_F + ‖Q_k Q_kᵀ - I‖²_F). γ is 0.5 by default in PEFT, 0.1 in AdaLoRA's scripts.
+    ``fro`` (PEFT): mean over the 2n factors of ‖Q Qᵀ - I‖_F and ‖Pᵀ P - I‖_F. ``squared`` (arXiv 2303.10512,
+    eq. 4): Σ_k (‖P_kᵀ P_k - I‖²_F + ‖Q_k Q_kᵀ - I‖²_F). γ is 0.5 by default in PEFT, 0.1 in AdaLoRA's
+    scripts.
 
     Args:
         model: a model with ``AdaLoraLinear`` layers, or a fused PEFT model.
@@ -43,13 +45,19 @@ def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
     """
     factors = [find() for find in adapted_layers(model).values()]
     if not factors:
-        raise ValueError(f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear")
+        raise ValueError(
+            f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
+        )
     allocators = [module.__dict__.get("rankallocator") for module in model.modules()]
-    return orthogonality_of(factors, penalty, next((found for found in allocators if found is not None), None))
+    return orthogonality_of(
+        factors, penalty, next((found for found in allocators if found is not None), None)
+    )
 
 
 def orthogonality_of(factors: list[Factors], penalty: str, allocator: "RankAllocator | None") -> Tensor:
-    """R of these layers; an allocator that scores the task's gradient alone is told what R adds to the gradients."""
+    """R of these layers; an allocator that scores the task's gradient alone is told what R adds to the
+    gradients.
+    """
     value, stacks = orthogonality([f.lora_A for f in factors], [f.lora_B for f in factors], penalty)
     if stacks and allocator is not None and allocator.score_gradient == "task":
         value.register_hook(lambda upstream: allocator.note_orthogonality(upstream, stacks))

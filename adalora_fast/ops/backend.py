@@ -1,8 +1,9 @@
 """Which implementation of an op runs on a device, and why every other one does not.
 
 An op is registered with ``torch.library`` once; its body asks :func:`kernel` for the implementation to run.
-Implementations are registered with :func:`register`, the reference at import, faster ones by the modules that hold
-them. ``ADALORA_FAST_BACKEND`` (``auto``, ``triton``, ``cuda``, ``cpu``, ``reference``) overrides the choice for every op.
+Implementations are registered with :func:`register`, the reference at import, faster ones by the modules that
+hold them. ``ADALORA_FAST_BACKEND`` (``auto``, ``triton``, ``cuda``, ``cpu``, ``reference``) overrides the
+choice for every op.
 """
 
 import os
@@ -17,7 +18,7 @@ VARIABLE = "ADALORA_FAST_BACKEND"
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """One way to run an op: a namespace of functions and a test that says why it cannot run on a device type."""
+    """One way to run an op: its functions, and why it cannot run on a device type (None: it can)."""
 
     functions: object
     refusal: Callable[[str], str | None]
@@ -74,11 +75,19 @@ def choose(op: str, device_type: str) -> Choice:
     reasons = {backend: _refusal(op, backend, device_type) for backend in BACKENDS}
     if wanted != "auto":
         if reasons[wanted] is not None:
-            raise ValueError(f"{VARIABLE}={wanted} cannot run {op} on {device_type}: {reasons[wanted]}; use auto")
-        refused = {backend: reason or f"{VARIABLE}={wanted}" for backend, reason in reasons.items() if backend != wanted}
+            raise ValueError(
+                f"{VARIABLE}={wanted} cannot run {op} on {device_type}: {reasons[wanted]}; use auto"
+            )
+        refused = {
+            backend: reason or f"{VARIABLE}={wanted}"
+            for backend, reason in reasons.items()
+            if backend != wanted
+        }
         return Choice(op=op, device_type=device_type, backend=wanted, reasons=refused)
     backend = next(backend for backend in BACKENDS if reasons[backend] is None)
-    refused = {name: reason or f"{backend} is preferred" for name, reason in reasons.items() if name != backend}
+    refused = {
+        name: reason or f"{backend} is preferred" for name, reason in reasons.items() if name != backend
+    }
     return Choice(op=op, device_type=device_type, backend=backend, reasons=refused)
 
 

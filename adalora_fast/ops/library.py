@@ -9,7 +9,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register the decorated function as the op with this ``schema``, for every device, with ``fake`` for tracing."""
+    """Register the decorated function as the op with this ``schema``, for every device, with ``fake`` for
+    tracing.
+    """
     name = schema.partition("(")[0]
 
     def decorate(function: Callable) -> Callable:
@@ -23,13 +25,17 @@ def define(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
 
 def define_gradient(name: str, backward: Callable, setup_context: Callable | None = None) -> None:
     """Register the gradient of op ``name`` (see ``torch.library.register_autograd``)."""
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+    )
 
 
 def refuse_second_order(name: str) -> None:
     """Make a derivative of the backward op ``name`` an error instead of a silent zero."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(f"{NAMESPACE}::{name} has no second derivative; call backward without create_graph=True")
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no second derivative; call backward without create_graph=True"
+        )
 
     define_gradient(name, backward)

@@ -36,7 +36,8 @@ def _fake_linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling
 
 
 @define(
-    "adapter_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_E, "
+    "adapter_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor lora_A, "
+    "Tensor lora_E, "
     "Tensor lora_B, float scaling, bool highest) -> (Tensor, Tensor, Tensor)",
     fake=_fake_linear,
 )
@@ -58,13 +59,16 @@ def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
 
 
 @define(
-    "adapter_delta(Tensor result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float scaling, bool highest) "
+    "adapter_delta(Tensor result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float "
+    "scaling, bool highest) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake_delta,
 )
 def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
     with _without_autocast(x.device.type):
-        return backend.kernel("adapter", x.device.type).delta(result, x, lora_A, lora_E, lora_B, scaling, highest)
+        return backend.kernel("adapter", x.device.type).delta(
+            result, x, lora_A, lora_E, lora_B, scaling, highest
+        )
 
 
 @define(
@@ -78,8 +82,8 @@ def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest):
 
 
 def _fake_backward(
-    grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, need_x, need_input, need_A, need_E,
-    need_B,
+    grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, need_x, need_input,
+    need_A, need_E, need_B,
 ):  # fmt: skip
     def like(needed: bool, source: Tensor) -> Tensor:
         return source.new_empty(source.shape) if needed else grad.new_empty(0)
@@ -95,7 +99,8 @@ def _fake_backward(
 
 @define(
     "adapter_backward(Tensor grad, Tensor adapter_input, Tensor h, Tensor S, Tensor? weight, Tensor lora_A, "
-    "Tensor lora_E, Tensor lora_B, float scaling, bool shared_input, bool need_x, bool need_input, bool need_A, "
+    "Tensor lora_E, Tensor lora_B, float scaling, bool shared_input, bool need_x, bool "
+    "need_input, bool need_A, "
     "bool need_E, bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
@@ -106,22 +111,20 @@ def _backward(grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling
         )
 
 
-def _save_linear(ctx, inputs, output):
+def _save_linear(ctx, inputs, output) -> None:
     x, adapter_input, weight, _, lora_A, lora_E, lora_B, scaling, _ = inputs
     _, h, S = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h, S)
     ctx.shared_input = adapter_input is None
     ctx.scaling = scaling
     ctx.save_for_backward(x if ctx.shared_input else adapter_input, h, S, weight, lora_A, lora_E, lora_B)
 
 
-def _linear_gradient(ctx, grad, *_):
+def _linear_gradient(ctx, grad, run):
     if grad is None:
         return (None,) * 9
     adapter_input, h, S, weight, lora_A, lora_E, lora_B = ctx.saved_tensors
     need_x, need_input, _, _, need_A, need_E, need_B, _, _ = ctx.needs_input_grad
-    dx, d_input, dA, dE, dB = torch.ops.adalora_fast.adapter_backward(
+    dx, d_input, dA, dE, dB = run(
         grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, ctx.scaling, ctx.shared_input,
         need_x, need_input, need_A, need_E, need_B,
     )  # fmt: skip
@@ -138,21 +141,19 @@ def _linear_gradient(ctx, grad, *_):
     )
 
 
-def _save_delta(ctx, inputs, output):
+def _save_delta(ctx, inputs, output) -> None:
     _, x, lora_A, lora_E, lora_B, scaling, _ = inputs
     _, h, S = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h, S)
     ctx.scaling = scaling
     ctx.save_for_backward(x, h, S, lora_A, lora_E, lora_B)
 
 
-def _delta_gradient(ctx, grad, *_):
+def _delta_gradient(ctx, grad, run):
     if grad is None:
         return (None,) * 7
     x, h, S, lora_A, lora_E, lora_B = ctx.saved_tensors
     need_result, need_x, need_A, need_E, need_B, _, _ = ctx.needs_input_grad
-    _, dx, dA, dE, dB = torch.ops.adalora_fast.adapter_backward(
+    _, dx, dA, dE, dB = run(
         grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E, need_B
     )
     return (
@@ -166,24 +167,71 @@ def _delta_gradient(ctx, grad, *_):
     )
 
 
-define_gradient("adapter_linear", _linear_gradient, _save_linear)
-define_gradient("adapter_delta", _delta_gradient, _save_delta)
+def _differentiable(name: str, forward, save, gradient):
+    """Register the gradient of op ``name`` and return the function that runs it.
+
+    A traced call is the op. An eager call goes around the dispatcher: through it the Python part of a forward
+    and backward costs a multiple (docs/performance.md), and a model makes dozens of calls per step.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, inputs, output)
+
+    def backward(ctx, grad, *_):
+        return gradient(ctx, grad, torch.ops.adalora_fast.adapter_backward)
+
+    define_gradient(name, backward, setup_context)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name} has no second derivative; call backward without create_graph=True"
+                )
+            return gradient(ctx, grad, _backward)
+
+    op = getattr(torch.ops.adalora_fast, name)
+
+    def run(*inputs) -> Tensor:
+        return op(*inputs)[0] if torch.compiler.is_compiling() else Eager.apply(*inputs)
+
+    return run
+
+
+_run_linear = _differentiable("adapter_linear", _linear, _save_linear, _linear_gradient)
+_run_delta = _differentiable("adapter_delta", _delta, _save_delta, _delta_gradient)
 refuse_second_order("adapter_backward")
 
 
-def _check(x: Tensor, out_features: int, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, precision: str) -> None:
+def _check(
+    x: Tensor, out_features: int, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, precision: str
+) -> None:
     rank, in_features = lora_A.shape
     if x.shape[-1] != in_features:
-        raise ValueError(f"x has {x.shape[-1]} features, lora_A takes {in_features}; x must be [..., {in_features}]")
+        raise ValueError(
+            f"x has {x.shape[-1]} features, lora_A takes {in_features}; x must be [..., {in_features}]"
+        )
     if lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
         raise ValueError(
-            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)} and lora_B {tuple(lora_B.shape)} do not fit; "
+            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)} and lora_B "
+            f"{tuple(lora_B.shape)} do not fit; "
             f"they must be (r, in), (r, 1) and ({out_features}, r)"
         )
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; the adapter takes floating-point input, cast it first")
     if x.device != lora_A.device:
-        raise ValueError(f"x is on {x.device} and the adapter on {lora_A.device}; move one of them with .to()")
+        raise ValueError(
+            f"x is on {x.device} and the adapter on {lora_A.device}; move one of them with .to()"
+        )
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
 
@@ -205,9 +253,11 @@ def adalora_linear(
     training: bool = False,
     precision: str = "default",
 ) -> Tensor:
-    """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ``, AdaLoRA's eq. 1 (arXiv 2303.10512) with PEFT's scale.
+    """``y = x Wᵀ + b + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ``, AdaLoRA's eq. 1 (arXiv 2303.10512) with PEFT's
+    scale.
 
-    W and b are normally frozen; where one of them requires a gradient, it gets it (the base then runs as its own node).
+    W and b are normally frozen; where one of them requires a gradient, it gets it (the base then runs as its
+    own node).
 
     Args:
         x: input [..., K], floating point; under autocast it is cast as ``F.linear`` would cast it.
@@ -217,8 +267,8 @@ def adalora_linear(
         scaling: α / (ranknum + 1e-5).
         dropout_p: drop probability of the adapter's input, applied where ``training``.
         training: whether dropout is on.
-        precision: ``"default"`` rounds the factors to x's type and accumulates in float32 (float64 for float64);
-            ``"highest"`` computes the adapter in the factors' type, as PEFT does.
+        precision: ``"default"`` rounds the factors to x's type and accumulates in float32 (float64 for
+            float64); ``"highest"`` computes the adapter in the factors' type, as PEFT does.
 
     Returns:
         [..., N] in x's type (autocast's type under autocast).
@@ -237,12 +287,9 @@ def adalora_linear(
     dropped = F.dropout(x, dropout_p, True) if training and dropout_p > 0.0 else None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
-        return torch.ops.adalora_fast.adapter_delta(
-            F.linear(x, weight, bias), inputs, lora_A, lora_E, lora_B, scaling, precision == "highest"
-        )[0]
-    return torch.ops.adalora_fast.adapter_linear(
-        x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, precision == "highest"
-    )[0]
+        base = F.linear(x, weight, bias)
+        return _run_delta(base, inputs, lora_A, lora_E, lora_B, scaling, precision == "highest")
+    return _run_linear(x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, precision == "highest")
 
 
 def adalora_delta_(
@@ -258,8 +305,9 @@ def adalora_delta_(
 ) -> Tensor:
     """``result + scaling · (dropout(x) Aᵀ ⊙ Eᵀ) Bᵀ``: the adapter on top of any base layer's output.
 
-    Use the returned tensor: ``result`` itself is overwritten only where that is safe (no gradient is recorded, and it is
-    a contiguous tensor that is not a view), because some bases return tensors that must not be written.
+    Use the returned tensor: ``result`` itself is overwritten only where that is safe (no gradient is
+    recorded, and it is a contiguous tensor that is not a view), because some bases return tensors that must
+    not be written.
 
     Args:
         result: the base layer's output [..., N].
@@ -275,7 +323,9 @@ def adalora_delta_(
     _check(x, result.shape[-1], lora_A, lora_E, lora_B, precision)
     _check_dropout(dropout_p)
     if x.shape[:-1] != result.shape[:-1]:
-        raise ValueError(f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last dimension")
+        raise ValueError(
+            f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last dimension"
+        )
     if x.dtype != result.dtype:
         x = x.to(result.dtype)
     if training and dropout_p > 0.0:
@@ -284,4 +334,4 @@ def adalora_delta_(
     if not torch.is_grad_enabled() and not result._is_view() and result.is_contiguous():
         torch.ops.adalora_fast.adapter_delta_(*arguments)
         return result
-    return torch.ops.adalora_fast.adapter_delta(*arguments)[0]
+    return _run_delta(*arguments)

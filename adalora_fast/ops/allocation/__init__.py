@@ -27,14 +27,16 @@ def _apply_mask(mask, lora_E):
 
 
 def select_triplets(scores: Tensor, budget: Tensor) -> Tensor:
-    """Keep exactly ``budget`` triplets: the highest scores, ties to the lower position (lower matrix, then triplet).
+    """Keep exactly ``budget`` triplets: the highest scores, ties to the lower position (lower matrix, then
+    triplet).
 
     Args:
         scores: [T] floating point; NaN counts as the lowest.
         budget: integer scalar tensor on the same device; 0 keeps none, T or more keeps all.
 
     Returns:
-        [T] bool mask of the kept triplets. Source: the selection of arXiv 2303.10512, eq. 6, made exact on ties.
+        [T] bool mask of the kept triplets. Source: the selection of arXiv 2303.10512, eq. 6, made exact on
+        ties.
     """
     return torch.ops.adalora_fast.allocation_select(scores, budget)
 

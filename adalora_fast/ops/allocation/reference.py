@@ -1,7 +1,7 @@
 """Global selection of the budget's triplets in plain PyTorch, without a host synchronisation.
 
-Keeps exactly b of T triplets: the b highest scores, ties broken by position, which is (matrix, triplet). A stable
-descending sort has that rule built in; a score that is not a number counts as the lowest.
+Keeps exactly b of T triplets: the b highest scores, ties broken by position, which is (matrix, triplet). A
+stable descending sort has that rule built in; a score that is not a number counts as the lowest.
 """
 
 import torch

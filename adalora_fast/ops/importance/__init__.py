@@ -1,4 +1,6 @@
-"""The importance op: statistics of every adapter parameter, and every triplet's score, of a whole model at once."""
+"""The importance op: statistics of every adapter parameter, and every triplet's score, of a whole model at
+once.
+"""
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ backend.register("importance", "reference", reference)
 
 
 @define(
-    "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, Tensor(b!) updates, str score, "
+    "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, Tensor(b!) "
+    "updates, str score, "
     "str smoothing, float beta1, float beta2) -> ()",
     fake=lambda *arguments: None,
 )
@@ -25,7 +28,9 @@ def _update(parameters, grads, statistics, updates, score, smoothing, beta1, bet
 
 @define(
     "importance_scores(Tensor[] parameters, Tensor statistics, str score, str smoothing) -> Tensor",
-    fake=lambda parameters, statistics, score, smoothing: statistics.new_empty(sum(e.shape[0] for e in parameters[1::3])),
+    fake=lambda parameters, statistics, score, smoothing: statistics.new_empty(
+        sum(e.shape[0] for e in parameters[1::3])
+    ),
 )
 def _scores(parameters, statistics, score, smoothing):
     functions = backend.kernel("importance", statistics.device.type)
@@ -42,16 +47,19 @@ def importance_update_(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> None:
-    """Update the importance statistics with one optimizer step's gradients, in place, without a host synchronisation.
+    """Update the importance statistics with one optimizer step's gradients, in place, without a host
+    synchronisation.
 
-    With w an entry and g its gradient: I = |w g| (sensitivity), -w g (movement), g² (fisher), m̄²/(Var + ε) (gsnr), |w|
-    (magnitude, Λ only); Ī ← β1 Ī + (1 - β1) I and Ū ← β2 Ū + (1 - β2) |I - Ī|  (arXiv 2303.10512, eq. 8-11). If any
-    signal is not finite (an AMP overflow), nothing changes. A parameter whose gradient is None keeps its statistics.
+    With w an entry and g its gradient: I = |w g| (sensitivity), -w g (movement), g² (fisher), m̄²/(Var + ε)
+    (gsnr), |w| (magnitude, Λ only); Ī ← β1 Ī + (1 - β1) I and Ū ← β2 Ū + (1 - β2) |I - Ī|  (arXiv 2303.10512,
+    eq. 8-11). If any signal is not finite (an AMP overflow), nothing changes. A parameter whose gradient is
+    None keeps its statistics.
 
     Args:
         parameters: A_0 [r, in], E_0 [r, 1], B_0 [out, r], A_1, ... of every matrix.
         grads: their gradients, in the same order, or None.
-        statistics: [len(statistic_names(score, smoothing)), layout_of(parameters, score).size], float32 or float64.
+        statistics: [len(statistic_names(score, smoothing)), layout_of(parameters, score).size], float32 or
+            float64.
         updates: [len(parameters)] int64, the number of updates each parameter has had.
         score: one of ``SIGNALS``.
         smoothing: one of ``SMOOTHINGS``.
@@ -63,9 +71,13 @@ def importance_update_(
 
 
 def importance_scores(
-    parameters: list[Tensor], statistics: Tensor, score: str = "sensitivity", smoothing: str = "ema_uncertainty"
+    parameters: list[Tensor],
+    statistics: Tensor,
+    score: str = "sensitivity",
+    smoothing: str = "ema_uncertainty",
 ) -> Tensor:
-    """S_{k,i} = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) of every triplet (arXiv 2303.10512, eq. 7); λ only: s(λ_i).
+    """S_{k,i} = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) of every triplet (arXiv 2303.10512, eq. 7); λ only:
+    s(λ_i).
 
     Args:
         parameters, statistics, score, smoothing: as in :func:`importance_update_`.

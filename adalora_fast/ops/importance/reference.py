@@ -1,6 +1,7 @@
 """Importance statistics and triplet scores in plain PyTorch, batched over parameters of one shape.
 
-For every entry w with gradient g, an instantaneous signal I is smoothed into an element score s (``smoothing``)::
+For every entry w with gradient g, an instantaneous signal I is smoothed into an element score s
+(``smoothing``)::
 
     sensitivity  I = |w g|        magnitude  I = |w| (λ only)      ema_uncertainty  s = Ī Ū
     movement     I = -w g         gsnr       I = m̄² / (Var + ε)    ema              s = Ī
@@ -15,8 +16,9 @@ a = (1 - β1) / (1 - β1^c) at a parameter's c-th update and d = g - m̄::
 
     m̄ ← m̄ + a d        Var ← (1 - a)(Var + a d²)        ε = 1e-6 (Var + m̄²) + 1e-30
 
-A step whose signal is not finite anywhere changes nothing; whether it is, stays on the device. Legend: L matrices,
-parameters in the order A_0, E_0, B_0, A_1, ...; n parameters of one shape; T triplets in the order (matrix, i).
+A step whose signal is not finite anywhere changes nothing; whether it is, stays on the device. Legend: L
+matrices, parameters in the order A_0, E_0, B_0, A_1, ...; n parameters of one shape; T triplets in the order
+(matrix, i).
 """
 
 from collections.abc import Callable
@@ -58,7 +60,9 @@ def statistic_names(score: str, smoothing: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters of one kind and shape: columns [start, stop) of the statistics buffer, stacked to [n, *shape]."""
+    """Parameters of one kind and shape: columns [start, stop) of the statistics buffer, stacked to [n,
+    *shape].
+    """
 
     kind: str
     shape: tuple[int, int]
@@ -79,7 +83,9 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where every parameter's entries lie in the statistics buffer and every matrix's triplets in the score vector."""
+    """Where every parameter's entries lie in the statistics buffer and every matrix's triplets in the score
+    vector.
+    """
 
     groups: tuple[Group, ...]
     size: int
@@ -94,7 +100,11 @@ class Layout:
                 starts.append(starts[-1] + rank)
             self._index[device] = [
                 torch.tensor(
-                    [starts[i // 3] + triplet for i in group.members for triplet in range(self.ranks[i // 3])],
+                    [
+                        starts[i // 3] + triplet
+                        for i in group.members
+                        for triplet in range(self.ranks[i // 3])
+                    ],
                     dtype=torch.int64,
                     device=device,
                 )
@@ -126,11 +136,11 @@ def layout_of(parameters: list[Tensor], score: str) -> Layout:
 def signals(
     layout: Layout, parameters: list[Tensor], grads: list[Tensor | None], signal: Callable, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
-    """(I or g of every group [n, *shape], whether all of them are finite); a missing gradient counts as zero."""
+    """(I or g of every group [n, *shape], whether all are finite); a missing gradient counts as zero."""
     stacked, peaks = [], []
     for group in layout.groups:
-        weights = torch.stack([parameters[i].detach() for i in group.members]).to(dtype)
-        present = [parameters[i].detach() if grads[i] is None else grads[i] for i in group.members]
+        weights = torch.stack([parameters[i] for i in group.members]).to(dtype)
+        present = [parameters[i] if grads[i] is None else grads[i] for i in group.members]
         gradients = torch.stack(present).to(dtype)
         missing = [position for position, i in enumerate(group.members) if grads[i] is None]
         if missing:
@@ -142,8 +152,12 @@ def signals(
     return stacked, torch.stack(peaks).isfinite().all()
 
 
-def smooth_(rows: dict[str, Tensor], value: Tensor, smoothing: str, alive: Tensor, beta1: float, beta2: float) -> None:
-    """Update the smoothing's rows [n, *shape] in place; ``alive`` ([n, 1, 1], 0 or 1) says which parameters move."""
+def smooth_(
+    rows: dict[str, Tensor], value: Tensor, smoothing: str, alive: Tensor, beta1: float, beta2: float
+) -> None:
+    """Update the smoothing's rows [n, *shape] in place; ``alive`` ([n, 1, 1], 0 or 1) says which parameters
+    move.
+    """
     if smoothing == "sum":
         rows["sum"].addcmul_(value, alive)
     elif smoothing == "none":
@@ -154,7 +168,9 @@ def smooth_(rows: dict[str, Tensor], value: Tensor, smoothing: str, alive: Tenso
             rows["uncertainty"].lerp_((value - rows["ema"]).abs_(), alive * (1 - beta2))
 
 
-def _update_moments_(rows: dict[str, Tensor], g: Tensor, count: Tensor, alive: Tensor, beta1: float) -> Tensor:
+def _update_moments_(
+    rows: dict[str, Tensor], g: Tensor, count: Tensor, alive: Tensor, beta1: float
+) -> Tensor:
     """Welford's recurrence; returns the ratio. ``count``: updates before this one [n, 1, 1]."""
     mean, variance = rows["mean"], rows["variance"]
     share = torch.where(alive > 0, (1 - beta1) / (1 - beta1 ** (count + 1)), 0.0)
@@ -180,7 +196,9 @@ def update_(
     beta1: float,
     beta2: float,
 ) -> None:
-    """One optimizer step's update of ``statistics`` [rows, size] and of each parameter's count ``updates`` [3L]."""
+    """One optimizer step's update of ``statistics`` [rows, size] and of each parameter's count ``updates``
+    [3L].
+    """
     layout = layout_of(parameters, score)
     values, finite = signals(layout, parameters, grads, SIGNALS[score], statistics.dtype)
     if any(grad is None for grad in grads):

@@ -24,7 +24,8 @@ def _fake(lora_A, lora_B, penalty, with_grad):
 
 
 @define(
-    "orthogonality(Tensor[] lora_A, Tensor[] lora_B, str penalty, bool with_grad) -> (Tensor, Tensor[])", fake=_fake
+    "orthogonality(Tensor[] lora_A, Tensor[] lora_B, str penalty, bool with_grad) -> (Tensor, Tensor[])",
+    fake=_fake,
 )
 def _orthogonality(lora_A, lora_B, penalty, with_grad):
     with torch.autocast(lora_A[0].device.type, enabled=False):
@@ -53,20 +54,29 @@ def _gradient(ctx, grad, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("orthogonality has no second derivative; call backward without create_graph=True")
     if not ctx.with_grad:
-        raise RuntimeError("this orthogonality loss was made with with_grad=False and cannot be differentiated")
+        raise RuntimeError(
+            "this orthogonality loss was made with with_grad=False and cannot be differentiated"
+        )
     stacks = [grad * stack for stack in ctx.saved_tensors]
     groups_A, groups_B = ctx.groups
-    return per_factor(stacks[: len(groups_A)], groups_A), per_factor(stacks[len(groups_A) :], groups_B), None, None
+    return (
+        per_factor(stacks[: len(groups_A)], groups_A),
+        per_factor(stacks[len(groups_A) :], groups_B),
+        None,
+        None,
+    )
 
 
 define_gradient("orthogonality", _gradient, _save)
 
 
-def orthogonality(lora_A: list[Tensor], lora_B: list[Tensor], penalty: str = "fro") -> tuple[Tensor, list[Tensor]]:
+def orthogonality(
+    lora_A: list[Tensor], lora_B: list[Tensor], penalty: str = "fro"
+) -> tuple[Tensor, list[Tensor]]:
     """The regulariser R of n matrices and, while gradients are recorded, its gradient by every factor.
 
-    ``fro``: R = 1/(2n) Σ (‖Q Qᵀ - I‖_F + ‖Pᵀ P - I‖_F), PEFT's form. ``squared``: R = Σ (‖Q Qᵀ - I‖²_F + ‖Pᵀ P - I‖²_F),
-    AdaLoRA's eq. 4 (arXiv 2303.10512).
+    ``fro``: R = 1/(2n) Σ (‖Q Qᵀ - I‖_F + ‖Pᵀ P - I‖_F), PEFT's form. ``squared``: R = Σ (‖Q Qᵀ - I‖²_F + ‖Pᵀ
+    P - I‖²_F), AdaLoRA's eq. 4 (arXiv 2303.10512).
 
     Args:
         lora_A: Q of every matrix [r, in].
@@ -74,20 +84,24 @@ def orthogonality(lora_A: list[Tensor], lora_B: list[Tensor], penalty: str = "fr
         penalty: ``"fro"`` or ``"squared"``.
 
     Returns:
-        (R, stacks): R a scalar in at least float32, differentiable once; ``stacks`` the gradient of R by the factors,
-        stacked by shape as :func:`gradients` reads them (empty while no gradient is recorded).
+        (R, stacks): R a scalar in at least float32, differentiable once; ``stacks`` the gradient of R by the
+        factors, stacked by shape as :func:`gradients` reads them (empty while no gradient is recorded).
 
     Raises:
         ValueError: no matrices, lists of different lengths, an unknown penalty.
     """
     if not lora_A or len(lora_A) != len(lora_B):
-        raise ValueError(f"need as many lora_A as lora_B and at least one, got {len(lora_A)} and {len(lora_B)}")
+        raise ValueError(
+            f"need as many lora_A as lora_B and at least one, got {len(lora_A)} and {len(lora_B)}"
+        )
     if penalty not in PENALTIES:
         raise ValueError(f"orth_penalty {penalty!r} is not one of {PENALTIES}")
     return torch.ops.adalora_fast.orthogonality(lora_A, lora_B, penalty, torch.is_grad_enabled())
 
 
-def gradients(stacks: list[Tensor], lora_A: list[Tensor], lora_B: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def gradients(
+    stacks: list[Tensor], lora_A: list[Tensor], lora_B: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     """dR/dA and dR/dB of every matrix, as views of the ``stacks`` that :func:`orthogonality` returned."""
     groups_A, groups_B = groups_by_shape(shapes_of(lora_A)), groups_by_shape(shapes_of(lora_B))
     return per_factor(stacks[: len(groups_A)], groups_A), per_factor(stacks[len(groups_A) :], groups_B)

@@ -1,12 +1,13 @@
 """The orthogonality regulariser of all matrices in plain PyTorch, batched by shape.
 
-With G = P'P'ᵀ - I [r, r] for every factor P' = Q = lora_A [r, in] or P' = Pᵀ = lora_Bᵀ [r, out], and n matrices::
+With G = P'P'ᵀ - I [r, r] for every factor P' = Q = lora_A [r, in] or P' = Pᵀ = lora_Bᵀ [r, out], and n
+matrices::
 
     fro      R = 1/(2n) Σ ‖G‖_F      dR/dP' = 2 G P' / ‖G‖_F / (2n)     (0 where ‖G‖_F = 0)
     squared  R = Σ ‖G‖²_F            dR/dP' = 4 G P'
 
-``fro`` is what PEFT computes, ``squared`` AdaLoRA's eq. 4 (arXiv 2303.10512). The gradient is a product of what the
-value needs anyway, so both come from one pass and no graph over the matrices is kept.
+``fro`` is what PEFT computes, ``squared`` AdaLoRA's eq. 4 (arXiv 2303.10512). The gradient is a product of
+what the value needs anyway, so both come from one pass and no graph over the matrices is kept.
 """
 
 from functools import lru_cache
@@ -29,8 +30,10 @@ def shapes_of(factors: list[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple(tuple(int(size) for size in factor.shape) for factor in factors)
 
 
-def loss(lora_A: list[Tensor], lora_B: list[Tensor], penalty: str, with_grad: bool) -> tuple[Tensor, list[Tensor]]:
-    """(R, dR/d factors stacked by shape: first lora_A's groups, then lora_B's; empty without ``with_grad``)."""
+def loss(
+    lora_A: list[Tensor], lora_B: list[Tensor], penalty: str, with_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """(R, its gradient stacked by shape: lora_A's groups, then lora_B's; empty without ``with_grad``)."""
     accumulate = torch.promote_types(lora_A[0].dtype, torch.float32)
     total = torch.zeros((), dtype=accumulate, device=lora_A[0].device)
     count = len(lora_A) + len(lora_B)

@@ -1,0 +1,124 @@
+"""The demonstration: four importance scores under one rank budget, on real text, with nothing to download.
+
+A pretrained encoder that comes as a Python package learns which module of the standard library a docstring belongs to.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .docstrings import DocstringCorpus, build_corpus
+from .models import packaged_minilm
+from .plots import plot_ranks
+from .progress import TrainingProgress
+from .recipes import Recipe
+from .report import results_table
+from .runs import RunSettings, open_run, write_json
+from .tasks import Split, Task
+
+SCORES = ("sensitivity", "movement", "fisher", "gsnr")
+FULL = Recipe(epochs=2, learning_rate=4e-3, max_length=64, deltaT=5)
+FAST = Recipe(epochs=0.3, learning_rate=4e-3, max_length=64, deltaT=1)
+
+
+def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[str, Any]:
+    """Train every method, print the table, draw the ranks; return what summary.json holds."""
+    packaged_minilm()  # before anything slow: a missing model is said at once
+    with TrainingProgress(runs=len(SCORES) + 2, console=console) as progress:
+        corpus = build_corpus(progress=lambda done, total: progress.count("reading docstrings", done, total))
+        describe_corpus(corpus, progress.bars.console)
+        runs = demo_runs(corpus, recipe=FAST if fast else FULL, seed=seed)
+        for settings in runs:
+            open_run(
+                run_folder(output, settings), settings
+            )  # a folder in the way is refused before any training
+        progress.count("loading libraries", 0, 1)
+        from .training import train_run
+
+        progress.count("loading libraries", 1, 1)
+        task, splits = corpus_task(corpus), corpus_splits(corpus)
+        results = [
+            train_run(settings, task, lambda: splits, run_folder(output, settings), progress, resumable=False)
+            for settings in runs
+        ]
+
+    title = (
+        f"Which module is this docstring from? ({len(corpus.test_texts)} test texts, MiniLM-L6, seed {seed})"
+    )
+    console.print()
+    console.print(results_table(results, title=title, majority=corpus.majority))
+    if fast:
+        console.print(
+            "--fast stops after a third of an epoch; without it the differences mean more.", highlight=False
+        )
+    pictures = plot_ranks(
+        [run_folder(output, settings) for settings in runs if settings.method == "adalora"],
+        output / f"ranks-seed{seed}",
+        title=f"Where each score keeps rank, {FULL.init_r} → {FULL.target_r} on average",
+    )
+    summary = {
+        "majority": corpus.majority,
+        "python": corpus.python_version,
+        "modules": corpus.modules,
+        "counts": corpus.counts,
+        "results": {result["method"]: result["primary"] for result in results},
+        "recipe": asdict(runs[0].recipe),
+    }
+    write_json(output / f"summary-seed{seed}.json", summary)
+    console.print("\npictures  " + "  ".join(str(path) for path in pictures), highlight=False, soft_wrap=True)
+    console.print(
+        f"runs      {output}/<method>-seed{seed}/  (config, metrics, result, ranks, adapter)", highlight=False
+    )
+    return summary
+
+
+def demo_runs(corpus: DocstringCorpus, *, recipe: Recipe, seed: int) -> list[RunSettings]:
+    """Head only, plain LoRA at the final rank, and AdaLoRA with each score: the same data, seed and step count."""
+    source = f"standard library of Python {corpus.python_version}"
+    common = {"task": "docstrings", "model": "minilm", "recipe": recipe, "seed": seed, "data_dir": source}
+    return [
+        RunSettings(method="head", **common),
+        RunSettings(method="lora", **common),
+        *(RunSettings(method="adalora", score=score, **common) for score in SCORES),
+    ]
+
+
+def run_folder(output: Path, settings: RunSettings) -> Path:
+    return output / f"{settings.label}-seed{settings.seed}"
+
+
+def corpus_task(corpus: DocstringCorpus) -> Task:
+    """The corpus in the form of a GLUE task."""
+    return Task(
+        name="docstrings",
+        text_columns=("text",),
+        labels=corpus.modules,
+        metrics=("accuracy",),
+        evaluation=("test",),
+    )
+
+
+def corpus_splits(corpus: DocstringCorpus) -> dict[str, Split]:
+    source = f"standard library of Python {corpus.python_version}"
+    return {
+        "train": Split(
+            texts=(list(corpus.train_texts),), labels=list(corpus.train_labels), source=source, sample=False
+        ),
+        "test": Split(
+            texts=(list(corpus.test_texts),), labels=list(corpus.test_labels), source=source, sample=False
+        ),
+    }
+
+
+def describe_corpus(corpus: DocstringCorpus, console: Console) -> None:
+    """What was found, what was left out, and the ten modules."""
+    counts = corpus.counts
+    console.print(
+        f"Python {corpus.python_version}: {counts['docstrings']:,} docstrings of functions and classes; left out "
+        f"{counts['too_short']} too short, {counts['duplicates']} repeated, {counts['shared_between_modules']} shared by "
+        f"modules, {counts['in_other_modules']:,} of other modules; {counts['train']:,} to train, {counts['test']} to test",
+        highlight=False,
+    )
+    console.print("modules: " + ", ".join(corpus.modules), highlight=False)

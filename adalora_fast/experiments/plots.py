@@ -1,0 +1,89 @@
+"""Pictures made from result files: PNG and SVG, readable by colour-blind people, looked at before they are shown."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .models import locate_matrix
+from .runs import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "figure.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "adalora_fast",  # the same picture gives the same file
+}
+COLOURS = "cividis"  # the same order in grey and for every kind of colour vision
+
+
+def rank_grid(ranks: dict[str, int]) -> tuple["np.ndarray", list[int], list[str]]:
+    """Ranks as [layers, matrices], and what the rows and columns are; NaN where a matrix is not adapted."""
+    import numpy as np
+
+    located = {place: rank for name, rank in ranks.items() if (place := locate_matrix(name)) is not None}
+    if not located:
+        raise ValueError(f"none of {list(ranks)[:3]} is a matrix of a known encoder layer; nothing to draw")
+    layers = sorted({layer for layer, _ in located})
+    matrices = list(dict.fromkeys(matrix for _, matrix in located))
+    grid = np.array(
+        [[located.get((layer, matrix), np.nan) for matrix in matrices] for layer in layers], dtype=float
+    )
+    return grid, layers, matrices
+
+
+def plot_ranks(folders: list[Path], stem: Path, *, title: str) -> list[Path]:
+    """One panel of final ranks per run folder, written to `stem`.png and `stem`.svg."""
+    from matplotlib import rc_context
+
+    panels = []
+    for folder in folders:
+        result, saved = read_json(folder / "result.json"), read_json(folder / "ranks.json")
+        panels.append(
+            (f"{result['method']}: {result['primary_metric']} {result['primary']:.3f}", saved["ranks"])
+        )
+    with rc_context(STYLE):
+        figure = rank_figure(panels, init_r=saved["init_r"], title=title)
+        files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+        for file in files:
+            figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
+
+
+def rank_figure(panels: list[tuple[str, dict[str, int]]], *, init_r: int, title: str) -> "Figure":
+    """Heat-maps with a common colour scale, each cell with its rank in it."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    first, layers, matrices = rank_grid(panels[0][1])
+    size = (0.62 * len(matrices) * columns + 2.0, (0.34 * len(layers) + 1.15) * rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis, (label, ranks) in zip(axes.flat, panels, strict=False):
+        grid = first if ranks is panels[0][1] else rank_grid(ranks)[0]
+        image = axis.imshow(grid, vmin=0, vmax=init_r, cmap=COLOURS, aspect="auto")
+        axis.set_title(label)
+        for row, column in np.argwhere(~np.isnan(grid)):
+            value = grid[row, column]
+            colour = "black" if value > init_r / 2 else "white"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        axis.set_xticks(range(len(matrices)), [name.replace(" ", "\n") for name in matrices], rotation=40)
+        axis.set_yticks(range(len(layers)), layers)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("layer")
+    for axis in axes[-1, :]:
+        axis.set_xlabel("adapted matrix")
+    figure.colorbar(image, ax=axes, label=f"final rank (triplets kept of {init_r})", shrink=0.8)
+    return figure
