@@ -14,9 +14,9 @@ from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.nn import Factors, adapted_layers
 from adalora_fast.ops import apply_mask_, importance_scores, importance_update_, select_triplets
 from adalora_fast.ops.importance import layout_of, reference
-from adalora_fast.ops.orthogonality import gradients
 from adalora_fast.schedule import BudgetSchedule
 from adalora_fast.scores import get_score, resolve_smoothing, statistic_names
+from adalora_fast.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("total", "task")
 
@@ -92,6 +92,7 @@ class RankAllocator:
         self.set_schedule(tinit=tinit, tfinal=tfinal, deltaT=deltaT, total_step=total_step)
         self._optimizer: torch.optim.Optimizer | None = None
         self._automatic = False
+        self._task_gradient = TaskGradient()
         self._optimizer_has_stepped = False
         self.reset()
         self.is_final = self.is_over = finished
@@ -117,7 +118,7 @@ class RankAllocator:
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a copy of the allocator, without the ties to the original's optimizer."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_hook", "_probe_hook")}
+        state = {name: value for name, value in self.__dict__.items() if name != "_hook"}
         return {**state, "_optimizer": None}
 
     def reset(self) -> None:
@@ -126,8 +127,7 @@ class RankAllocator:
         self.is_final = False  # the mask of the final step has been made
         self.is_over = False  # the run has ended: checkpoints may drop the pruned triplets
         self._user_state: dict[str, Tensor] = {}
-        self._orthogonality: list[Tensor] | None = None
-        self._probe: Tensor | None = None
+        self._task_gradient.forget()
         self._allocate_statistics()
 
     def _allocate_statistics(self) -> None:
@@ -199,7 +199,7 @@ class RankAllocator:
                 )
             self._make_final()
         self.t = t + 1
-        self._orthogonality = self._probe = None
+        self._task_gradient.forget()
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -249,7 +249,8 @@ class RankAllocator:
                 "and before zero_grad()"
             )
         self._check_placement(parameters)
-        grads = self._without_orthogonality(parameters, grads)
+        if self.score_gradient == "task":
+            grads = self._task_gradient.of(parameters, grads, self._dtype)
         if self.score.function is None:
             importance_update_(
                 parameters,
@@ -309,47 +310,8 @@ class RankAllocator:
     # -- score_gradient="task"
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
-        """Remember what the orthogonality term adds to the raw gradients of this backward (called by its
-        loss).
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise RuntimeError(
-                "score_gradient='task' works in one process only; use 'total' for distributed training"
-            )
-        parts = [upstream * stack for stack in stacks]
-        if self._orthogonality is None:
-            self._orthogonality = parts
-        else:
-            self._orthogonality = [old + new for old, new in zip(self._orthogonality, parts, strict=True)]
-        if not hasattr(self, "_probe_hook"):
-            self._probe_hook = self._parameters()[0].register_post_accumulate_grad_hook(self._take_probe)
-
-    def _take_probe(self, parameter: Tensor) -> None:
-        self._probe = parameter.grad.detach().clone()
-
-    def _without_orthogonality(
-        self, parameters: list[Tensor], grads: list[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The task's part of the gradients.
-
-        Clipping and unscaling multiplied every gradient by one factor c since backward; it is read off a
-        parameter whose raw gradient was kept, and the regulariser's raw part is taken out with the same
-        factor.
-        """
-        if self.score_gradient == "total" or self._orthogonality is None or self._probe is None:
-            return grads
-        now, raw = parameters[0].grad.to(self._dtype).flatten(), self._probe.to(self._dtype).flatten()
-        square = raw.dot(raw)
-        factor = torch.where(square == 0, 1.0, now.dot(raw) / square)
-        parts_A, parts_B = gradients(self._orthogonality, parameters[0::3], parameters[2::3])
-        result = list(grads)
-        for parts, kind in ((parts_A, 0), (parts_B, 2)):
-            for layer, part in enumerate(parts):
-                if result[3 * layer + kind] is not None:
-                    result[3 * layer + kind] = result[3 * layer + kind] - (factor * part).to(part.dtype)
-        return result
-
-    # -- optimizers
+        """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
+        self._task_gradient.note(upstream, stacks, self._parameters()[0])
 
     def attach(self, optimizer: torch.optim.Optimizer, *, automatic: bool = True) -> None:
         """Tie the allocator to ``optimizer``, so that an allocation cannot silently not run.

@@ -16,6 +16,7 @@ import argparse
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import AdaLoraConfig, get_peft_model
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from adalora_fast import fuse
-from benchmarks.environment import environment, write_json
+from adalora_fast.environment import environment, write_json
 
 TARGETS = ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"]
 # Without work of their own: stride arithmetic, conjugate bits, allocation, and thin names for one of these.
@@ -32,7 +33,7 @@ WORKLESS = {
     for name in (
         "as_strided", "as_strided_", "resolve_conj", "resolve_neg", "empty", "empty_strided", "empty_like",
         "resize_", "lift_fresh", "result_type", "set_", "is_nonzero", "t", "transpose", "permute", "expand",
-        "expand_as", "select", "slice", "unsqueeze", "squeeze", "unbind", "split", "split_with_sizes", 
+        "expand_as", "select", "slice", "unsqueeze", "squeeze", "unbind", "split", "split_with_sizes",
         "alias", "view_as", "reshape",
         "_reshape_alias", "numpy_T", "new_empty", "new_empty_strided",
     )
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", help="write the figures and the environment to this file")
+    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     figures = {"peft": count(fused=False), "adalora_fast": count(fused=True)}

@@ -18,13 +18,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from adalora_fast import fuse
-from benchmarks.environment import environment, write_json
+from adalora_fast.environment import environment, write_json
 
 MINILM = {
     "vocab_size": 30522,
@@ -105,7 +106,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each (default 30)")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads (default 2)")
-    parser.add_argument("--json", help="write the figures and the environment to this file")
+    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(arguments.threads)

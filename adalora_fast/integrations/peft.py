@@ -22,6 +22,7 @@ from adalora_fast.allocator import RankAllocator
 from adalora_fast.allocator_state import FILE_NAME, read_state, write_state
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers, factor_finders, fuse_layer
 from adalora_fast.nn import orthogonality_of
+from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
 
 FORGOTTEN_AFTER = 100  # training forwards without one allocator step
@@ -293,6 +294,8 @@ def fuse(
         ValueError: fused already, a config whose numbers do not fit, an unknown score, smoothing or penalty.
     """
     tuner = _check_model(model)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
     if orth_penalty not in PENALTIES:
         raise ValueError(f"orth_penalty {orth_penalty!r} is not one of {PENALTIES}")
     adapter = getattr(tuner, "trainable_adapter_name", None)
