@@ -50,7 +50,7 @@ class TaskGradient:
     def of(
         self, parameters: list[Tensor], grads: list[Tensor | None], dtype: torch.dtype
     ) -> list[Tensor | None]:
-        """``grads`` (of A_0, E_0, B_0, A_1, ...) without the term's part; the probe is the first parameter."""
+        """``grads`` (of A_0, E_0, B_0, A_1, ...) without the term's part; the first is the probe's."""
         if self._stacks is None or self._raw is None or grads[0] is None:
             return grads
         now, raw = grads[0].to(dtype).flatten(), self._raw.to(dtype).flatten()
