@@ -132,14 +132,7 @@ class RankAllocator:
 
     def _allocate_statistics(self) -> None:
         parameters = self._parameters()
-        devices = {parameter.device for parameter in parameters}
-        if len(devices) > 1:
-            raise ValueError(
-                f"adapter parameters lie on several devices ({sorted(map(str, devices))}); use one"
-            )
-        self._device = devices.pop()
-        dtypes = {parameter.dtype for parameter in parameters}
-        self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._device, self._dtype = _placement(parameters)
         self._shapes = [parameter.shape for parameter in parameters]
         rows = len(self._statistic_names())
         size = layout_of(parameters, self.score.name).size
@@ -214,6 +207,8 @@ class RankAllocator:
                 f"{self.schedule.target} triplets now"
             )
             self._make_final()
+        else:
+            apply_mask_(self._mask, self._lambdas())  # whatever the last optimizer step brought back
         self.is_over = True
 
     def _make_final(self) -> None:
@@ -272,26 +267,25 @@ class RankAllocator:
             raise ValueError(
                 "adapter shapes changed since the allocator was made; call rebind() or make a new one"
             )
-        if parameters[0].device != self._device:
-            self._device = parameters[0].device
-            for name in ("_statistics", "_updates", "_mask"):
-                setattr(self, name, getattr(self, name).to(self._device))
-            self._user_state = {key: value.to(self._device) for key, value in self._user_state.items()}
+        device, dtype = _placement(parameters)
+        if (device, dtype) != (self._device, self._dtype):
+            self._device, self._dtype = device, dtype
+            self._statistics = self._statistics.to(device, dtype)
+            self._updates, self._mask = self._updates.to(device), self._mask.to(device)
+            self._user_state = {key: value.to(device) for key, value in self._user_state.items()}
 
     def _update_user_statistics(self, parameters: list[Tensor], grads: list[Tensor | None]) -> None:
         """A registered score's path: plain PyTorch, one call per shape, and a look at the finite flag."""
         layout = layout_of(parameters, self.score.name)
-        missing = [grad is None for grad in grads]
         raw, finite = reference.signals(layout, parameters, grads, lambda w, g: g, self._dtype)
         if not finite:
             return
-        alive = torch.tensor([not absent for absent in missing], device=self._device)
+        values, states = [], {}
         for number, (group, gradient) in enumerate(zip(layout.groups, raw, strict=True)):
-            members = list(group.members)
-            weights = torch.stack([parameters[i] for i in members]).to(self._dtype)
+            weights = torch.stack([parameters[i] for i in group.members]).to(self._dtype)
             prefix = f"{number}."
             state = {
-                key.removeprefix(prefix): v for key, v in self._user_state.items() if key.startswith(prefix)
+                k.removeprefix(prefix): v.clone() for k, v in self._user_state.items() if k.startswith(prefix)
             }
             value = self.score.function(weights, gradient, state)
             if not isinstance(value, Tensor) or value.shape != weights.shape:
@@ -299,19 +293,23 @@ class RankAllocator:
                 raise ValueError(
                     f"score {self.score.name!r} must return a tensor {tuple(weights.shape)}, got {got}"
                 )
-            self._user_state.update({prefix + key: tensor for key, tensor in state.items()})
+            if not (4 * value).isfinite().all():  # as for the built-in scores
+                return
+            values.append(value.to(self._dtype))
+            states.update({prefix + key: tensor for key, tensor in state.items()})
+        self._user_state = states
+        alive = torch.tensor([grad is not None for grad in grads], device=self._device)
+        for group, value in zip(layout.groups, values, strict=True):
             rows = {
                 name: group.view(self._statistics[row]) for row, name in enumerate(self._statistic_names())
             }
-            moving = alive[members].to(self._dtype).view(-1, 1, 1)
-            reference.smooth_(rows, value.to(self._dtype), self.smoothing, moving, self.beta1, self.beta2)
+            moving = alive[list(group.members)].to(self._dtype).view(-1, 1, 1)
+            reference.smooth_(rows, value, self.smoothing, moving, self.beta1, self.beta2)
         self._updates.add_(alive)
-
-    # -- score_gradient="task"
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
-        self._task_gradient.note(upstream, stacks, self._parameters()[0])
+        self._task_gradient.note(upstream, stacks, self._parameters())
 
     def attach(self, optimizer: torch.optim.Optimizer, *, automatic: bool = True) -> None:
         """Tie the allocator to ``optimizer``, so that an allocation cannot silently not run.
@@ -398,6 +396,15 @@ class RankAllocator:
             ValueError: it belongs to other layers, another score or smoothing, or is damaged.
         """
         load_state(self, state)
+
+
+def _placement(parameters: list[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where statistics live and in which type: float64 if any parameter is, else float32."""
+    devices = {parameter.device for parameter in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"adapter parameters lie on several devices ({sorted(map(str, devices))}); use one")
+    wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+    return devices.pop(), torch.float64 if wide else torch.float32
 
 
 def _warn(message: str) -> None:

@@ -27,7 +27,7 @@ class FusedSVDLinear(SVDLinear):
         if self.disable_adapters or self.merged or not names or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        if base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        if _calls_more_than_its_product(base):
             result = base(x)
         else:
             weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
@@ -68,6 +68,12 @@ class FusedSVDLinear(SVDLinear):
     def factors(self) -> Factors | None:
         """The parameters of the adapter under training, for the RankAllocator."""
         return factors_of(self, self.trained_adapter)
+
+
+def _calls_more_than_its_product(base: nn.Module) -> bool:
+    """Whether the base layer carries hooks or a forward of its own, which only a call of it respects."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return any(hooks) or "forward" in base.__dict__
 
 
 def factors_of(layer: AdaLoraLayer, adapter_name: str | None) -> Factors | None:

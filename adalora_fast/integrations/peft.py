@@ -18,14 +18,15 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from adalora_fast.allocator import RankAllocator
+from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
 from adalora_fast.allocator_state import FILE_NAME, read_state, write_state
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers, factor_finders, fuse_layer
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
+from adalora_fast.scores import get_score, resolve_smoothing
 
-FORGOTTEN_AFTER = 100  # training forwards without one allocator step
+FORGOTTEN_AFTER = 100  # optimizer steps without one allocator step
 
 
 class FusedAdaLoraModel(AdaLoraModel):
@@ -57,8 +58,11 @@ class FusedAdaLoraModel(AdaLoraModel):
             ValueError: no adapter is being trained, or no gradient is there.
         """
         allocator = self.require_allocator()
-        version = allocator._parameters()[1]._version
-        if version == self._seen_version and not self._warned_order:
+        if (
+            not self._warned_order
+            and self._optimizer_version() == self._seen_version
+            and self._finite_gradients()
+        ):
             self._warned_order = True
             warnings.warn(
                 "update_and_allocate() was called before optimizer.step(), or twice; call it once, between "
@@ -67,7 +71,16 @@ class FusedAdaLoraModel(AdaLoraModel):
                 stacklevel=2,
             )
         allocator.step(global_step)
-        self._seen_version = allocator._parameters()[1]._version
+        self._seen_version = self._optimizer_version()
+
+    def _optimizer_version(self) -> int:
+        """Changes with every optimizer step that writes in place (bitsandbytes' kernels do not show)."""
+        return sum(parameter._version for parameter in self.rankallocator._lambdas())
+
+    def _finite_gradients(self) -> bool:
+        """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients)."""
+        grads = [parameter.grad for parameter in self.rankallocator._parameters()]
+        return all(grad is None or bool(grad.isfinite().all()) for grad in grads)
 
     def require_allocator(self) -> RankAllocator:
         """The allocator of the adapter under training.
@@ -84,10 +97,13 @@ class FusedAdaLoraModel(AdaLoraModel):
     def _watch_for_forgotten_allocator(self) -> None:
         if torch.compiler.is_compiling() or self.rankallocator.t > 0 or self.rankallocator.is_over:
             return
-        self._forwards += 1
-        if self._forwards == FORGOTTEN_AFTER:
+        version = self._optimizer_version()
+        self._forgotten += version != self._watched_version
+        self._watched_version = version
+        if self._forgotten == FORGOTTEN_AFTER:
+            self._forgotten += 1
             warnings.warn(
-                f"{FORGOTTEN_AFTER} training forwards and no allocator step: the budget never moves. Use "
+                f"{FORGOTTEN_AFTER} optimizer steps and no allocator step: the budget never moves. Use "
                 "AdaLoraCallback, rankallocator.attach(optimizer), or update_and_allocate(step)",
                 UserWarning,
                 stacklevel=2,
@@ -161,7 +177,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         self.make_allocator(finished=pattern is not None)
 
 
-class FusedPeftModel:
+class WithAllocator:
     """What ``fuse`` adds to a ``PeftModel``: checkpoints carry the allocator, and are written whole or not at
     all.
     """
@@ -172,7 +188,7 @@ class FusedPeftModel:
         if tuner.rankallocator is None or not is_main_process:
             return super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         allocator = tuner.rankallocator
-        if allocator.t == 0 and tuner._forwards > 0 and not allocator.is_over:
+        if allocator.t == 0 and tuner._forgotten > 0 and not allocator.is_over:
             warnings.warn(
                 "saving an adapter that was trained without one allocator step", UserWarning, stacklevel=2
             )
@@ -251,12 +267,12 @@ def _saved_ranks(folder: Path) -> dict[str, int]:
 
 @cache
 def _fused_model_class(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"Fused{cls.__name__}", (FusedPeftModel, cls), {"__module__": __name__})
+    return type(f"Fused{cls.__name__}", (WithAllocator, cls), {"__module__": __name__})
 
 
 def __getattr__(name: str):
     """The classes made by ``fuse`` by name, so that a fused model can be copied and pickled by its owner."""
-    if name.startswith("FusedPeftModelFor"):
+    if name.startswith("FusedPeftModel"):
         import peft
 
         return _fused_model_class(getattr(peft, name.removeprefix("Fused")))
@@ -294,6 +310,9 @@ def fuse(
         ValueError: fused already, a config whose numbers do not fit, an unknown score, smoothing or penalty.
     """
     tuner = _check_model(model)
+    resolve_smoothing(get_score(score), smoothing)
+    if score_gradient not in SCORE_GRADIENTS:
+        raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
     if orth_penalty not in PENALTIES:
@@ -320,17 +339,17 @@ def fuse(
     }
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
     tuner.orth_penalty, tuner.precision = orth_penalty, precision
-    tuner.regularised, tuner._forwards = True, 0
-    tuner._seen_version, tuner._warned_order = None, False
+    tuner.regularised, tuner._warned_order, tuner._forgotten = True, False, 0
     tuner._cut_pattern = pattern
     tuner.__class__ = FusedAdaLoraModel
+    tuner._seen_version = tuner._watched_version = None if config is None else tuner._optimizer_version()
     model.__class__ = _fused_model_class(type(model))
     return model
 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether ``fuse`` was applied to this PeftModel."""
-    return isinstance(model, FusedPeftModel)
+    return isinstance(model, WithAllocator)
 
 
 def _check_model(model: nn.Module) -> AdaLoraModel:

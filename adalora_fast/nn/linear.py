@@ -52,7 +52,7 @@ class AdaLoraLinear(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if not isinstance(r, int) or r < 0:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 0:
             raise ValueError(f"r must be an integer of at least 0, got {r!r}")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1], got {dropout}")
@@ -167,12 +167,12 @@ class AdaLoraLinear(nn.Module):
         """
         if self.merged:
             return
-        delta = self.get_delta_weight()
+        delta = self.get_delta_weight().to(self.weight.dtype)
         if safe_merge and not (self.weight + delta).isfinite().all():
             raise ValueError(
                 "the merged weight would not be finite; the adapter is broken, the layer was left as it is"
             )
-        self.weight += delta.to(self.weight.dtype)
+        self.weight += delta
         self.merged = True
 
     @torch.no_grad()

@@ -59,6 +59,6 @@ def orthogonality_of(factors: list[Factors], penalty: str, allocator: "RankAlloc
     gradients.
     """
     value, stacks = orthogonality([f.lora_A for f in factors], [f.lora_B for f in factors], penalty)
-    if stacks and allocator is not None and allocator.score_gradient == "task":
+    if value.requires_grad and allocator is not None and allocator.score_gradient == "task":
         value.register_hook(lambda upstream: allocator.note_orthogonality(upstream, stacks))
     return value

@@ -1,5 +1,6 @@
 """The ``torch.library`` namespace ``adalora_fast`` and the two lines every op needs to enter it."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,18 @@ def define_gradient(name: str, backward: Callable, setup_context: Callable | Non
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
     )
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether an autocast region is active for the device (there is none for some, such as meta)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """The op's caller chose the types; autocast must not choose again inside."""
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def refuse_second_order(name: str) -> None:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from adalora_fast.ops import backend
 from adalora_fast.ops.adapter import reference
-from adalora_fast.ops.library import define, define_gradient, refuse_second_order
+from adalora_fast.ops.library import (
+    autocast_is_on,
+    define,
+    define_gradient,
+    refuse_second_order,
+    without_autocast,
+)
 
 PRECISIONS = ("default", "highest")
 
 backend.register("adapter", "reference", reference)
-
-
-def _without_autocast(device_type: str):
-    """The casts were chosen by the caller; autocast must not choose again inside the op."""
-    return torch.autocast(device_type, enabled=False)
 
 
 def _product_dtype(x: Tensor, lora_A: Tensor, highest: bool) -> torch.dtype:
@@ -42,14 +43,14 @@ def _fake_linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling
     fake=_fake_linear,
 )
 def _linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest):
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return backend.kernel("adapter", x.device.type).linear(
             x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest
         )
 
 
 def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
-    dtype = _product_dtype(x, lora_A, highest)
+    dtype = _product_dtype(result, lora_A, highest)
     rows = x.numel() // x.shape[-1]
     return (
         result.new_empty(result.shape),
@@ -65,7 +66,7 @@ def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
     fake=_fake_delta,
 )
 def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return backend.kernel("adapter", x.device.type).delta(
             result, x, lora_A, lora_E, lora_B, scaling, highest
         )
@@ -77,7 +78,7 @@ def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
     fake=lambda *arguments: None,
 )
 def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest):
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         backend.kernel("adapter", x.device.type).delta_(result, x, lora_A, lora_E, lora_B, scaling, highest)
 
 
@@ -105,7 +106,7 @@ def _fake_backward(
     fake=_fake_backward,
 )
 def _backward(grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, *needs):
-    with _without_autocast(grad.device.type):
+    with without_autocast(grad.device.type):
         return backend.kernel("adapter", grad.device.type).backward(
             grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, list(needs)
         )
@@ -213,32 +214,39 @@ refuse_second_order("adapter_backward")
 
 
 def _check(
-    x: Tensor, out_features: int, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, precision: str
+    x: Tensor,
+    base: dict[str, Tensor | None],
+    out_features: int,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    dropout_p: float,
+    precision: str,
 ) -> None:
-    rank, in_features = lora_A.shape
-    if x.shape[-1] != in_features:
+    """Refuse what does not fit. ``base``: the base's tensors by name, which share x's device."""
+    rank = lora_A.shape[0]
+    if lora_A.dim() != 2 or lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
         raise ValueError(
-            f"x has {x.shape[-1]} features, lora_A takes {in_features}; x must be [..., {in_features}]"
-        )
-    if lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
-        raise ValueError(
-            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)} and lora_B "
-            f"{tuple(lora_B.shape)} do not fit; "
+            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)}, lora_B {tuple(lora_B.shape)} do not fit; "
             f"they must be (r, in), (r, 1) and ({out_features}, r)"
         )
-    if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}; the adapter takes floating-point input, cast it first")
-    if x.device != lora_A.device:
-        raise ValueError(
-            f"x is on {x.device} and the adapter on {lora_A.device}; move one of them with .to()"
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
-
-
-def _check_dropout(dropout_p: float) -> None:
+    in_features = lora_A.shape[1]
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        has = "no dimension" if x.dim() == 0 else f"{x.shape[-1]} features"
+        raise ValueError(f"x has {has}, lora_A takes {in_features}; x must be [..., {in_features}]")
+    for name, tensor in {"x": x, **base, "lora_A": lora_A, "lora_E": lora_E, "lora_B": lora_B}.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} and {name} on {tensor.device}; move one of them with .to()")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} is {tensor.dtype}; the adapter takes floating-point tensors, cast it first"
+            )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
 
 
 def adalora_linear(
@@ -276,19 +284,28 @@ def adalora_linear(
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, naming them.
     """
-    _check(x, weight.shape[0], lora_A, lora_E, lora_B, precision)
-    _check_dropout(dropout_p)
+    if weight.dim() != 2 or weight.shape[1] != lora_A.shape[-1]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and lora_A {tuple(lora_A.shape)} must be (out, in), (r, in)"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} must be (out,) and (out, in)"
+        )
+    base = {"weight": weight, "bias": bias}
+    _check(x, base, weight.shape[0], lora_A, lora_E, lora_B, dropout_p, precision)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if autocast_is_on(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}; cast one of them or use autocast")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        types = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise TypeError(f"{types}; give them one type or use autocast")
     dropped = F.dropout(x, dropout_p, True) if training and dropout_p > 0.0 else None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
-        base = F.linear(x, weight, bias)
-        return _run_delta(base, inputs, lora_A, lora_E, lora_B, scaling, precision == "highest")
+        result = F.linear(x, weight, bias)
+        return _run_delta(result, inputs, lora_A, lora_E, lora_B, scaling, precision == "highest")
     return _run_linear(x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, precision == "highest")
 
 
@@ -320,18 +337,29 @@ def adalora_delta_(
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, naming them.
     """
-    _check(x, result.shape[-1], lora_A, lora_E, lora_B, precision)
-    _check_dropout(dropout_p)
+    if result.dim() == 0:
+        raise ValueError("result is a scalar; it must be the base layer's output [..., out]")
+    _check(x, {"result": result}, result.shape[-1], lora_A, lora_E, lora_B, dropout_p, precision)
     if x.shape[:-1] != result.shape[:-1]:
         raise ValueError(
-            f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last dimension"
+            f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
         )
-    if x.dtype != result.dtype:
-        x = x.to(result.dtype)
     if training and dropout_p > 0.0:
         x = F.dropout(x, dropout_p, True)
     arguments = (result, x, lora_A, lora_E, lora_B, scaling, precision == "highest")
-    if not torch.is_grad_enabled() and not result._is_view() and result.is_contiguous():
+    if _may_write(result, x):
         torch.ops.adalora_fast.adapter_delta_(*arguments)
         return result
     return _run_delta(*arguments)
+
+
+def _may_write(result: Tensor, x: Tensor) -> bool:
+    """Whether ``result`` can be overwritten unnoticed: no gradient is recorded, and nothing else reads its memory.
+
+    Tensors made in inference mode do not tell whether they are views; that they own all of their memory stands in.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or result._is_view():
+        return False
+    storage = result.untyped_storage()
+    owner = result.is_contiguous() and storage.nbytes() == result.nbytes
+    return owner and storage.data_ptr() != x.untyped_storage().data_ptr()

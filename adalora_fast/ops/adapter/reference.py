@@ -74,7 +74,7 @@ def delta(
     result: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(result + c h Bᵀ, h, S) for any base whose output is ``result``; ``result`` is left as it is."""
-    h, S = _project(x.reshape(-1, x.shape[-1]), lora_A, lora_E, lora_A.dtype if highest else x.dtype)
+    h, S = _project(x.reshape(-1, x.shape[-1]), lora_A, lora_E, lora_A.dtype if highest else result.dtype)
     rows, B = result.reshape(-1, result.shape[-1]), _cast(lora_B, h.dtype)  # [M, N], [N, R]
     if h.dtype == rows.dtype:
         y = torch.addmm(rows, h, B.t(), alpha=scaling)
@@ -87,7 +87,7 @@ def delta_(
     result: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool
 ) -> None:
     """result += c h Bᵀ in place, without what a backward would need."""
-    h, _ = _project(x.reshape(-1, x.shape[-1]), lora_A, lora_E, lora_A.dtype if highest else x.dtype)
+    h, _ = _project(x.reshape(-1, x.shape[-1]), lora_A, lora_E, lora_A.dtype if highest else result.dtype)
     _add_product(result.view(-1, result.shape[-1]), h, _cast(lora_B, h.dtype), scaling)
 
 
@@ -112,7 +112,7 @@ def backward(
     rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
     inputs = adapter_input.reshape(-1, adapter_input.shape[-1])  # [M, K]
     need_x, need_input, need_A, need_E, need_B = needs
-    dx = d_input = dA = dE = dB = grad.new_empty(0)
+    dx, d_input, dA, dE, dB = (None if needed else grad.new_empty(0) for needed in needs)
 
     if need_B:
         dB = _cast(_scaled_product(_cast(rows, h.dtype).t(), h, scaling), lora_B.dtype)  # [N, R]

@@ -47,5 +47,11 @@ def apply_mask_(mask: Tensor, lora_E: list[Tensor]) -> None:
     Args:
         mask: [T] bool, matrix by matrix.
         lora_E: Λ of every matrix [r, 1]; their ranks sum to T.
+
+    Raises:
+        ValueError: the mask has another length.
     """
+    total = sum(values.shape[0] for values in lora_E)
+    if mask.shape != (total,):
+        raise ValueError(f"the mask is {tuple(mask.shape)}, the matrices have {total} triplets")
     torch.ops.adalora_fast.allocation_apply_mask_(mask, lora_E)

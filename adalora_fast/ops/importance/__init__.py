@@ -16,14 +16,14 @@ backend.register("importance", "reference", reference)
 
 
 @define(
-    "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, Tensor(b!) "
-    "updates, str score, "
-    "str smoothing, float beta1, float beta2) -> ()",
+    "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, "
+    "Tensor(b!) updates, str score, str smoothing, float beta1, float beta2) -> ()",
     fake=lambda *arguments: None,
 )
 def _update(parameters, grads, statistics, updates, score, smoothing, beta1, beta2):
     functions = backend.kernel("importance", statistics.device.type)
-    functions.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2)
+    with torch.no_grad():
+        functions.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2)
 
 
 @define(
@@ -35,6 +35,20 @@ def _update(parameters, grads, statistics, updates, score, smoothing, beta1, bet
 def _scores(parameters, statistics, score, smoothing):
     functions = backend.kernel("importance", statistics.device.type)
     return functions.triplet_scores(parameters, statistics, score, smoothing)
+
+
+def _check(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> None:
+    if score not in SIGNALS:
+        raise ValueError(f"score {score!r} is not one of {tuple(SIGNALS)}")
+    if smoothing not in SMOOTHINGS:
+        raise ValueError(f"smoothing {smoothing!r} is not one of {tuple(SMOOTHINGS)}")
+    if not parameters or len(parameters) % 3:
+        raise ValueError(
+            f"parameters must be lora_A, lora_E, lora_B of every matrix, got {len(parameters)} tensors"
+        )
+    shape = (len(statistic_names(score, smoothing)), layout_of(parameters, score).size)
+    if statistics.shape != shape:
+        raise ValueError(f"statistics is {tuple(statistics.shape)}, {score} with {smoothing} needs {shape}")
 
 
 def importance_update_(
@@ -64,7 +78,21 @@ def importance_update_(
         score: one of ``SIGNALS``.
         smoothing: one of ``SMOOTHINGS``.
         beta1, beta2: decay of Ī (and of gsnr's moments) and of Ū, in [0, 1).
+
+    Raises:
+        ValueError: an unknown name, or buffers whose shapes do not fit the parameters.
     """
+    _check(parameters, statistics, score, smoothing)
+    if len(grads) != len(parameters):
+        raise ValueError(
+            f"grads has {len(grads)} entries for {len(parameters)} parameters; None for a missing one"
+        )
+    if updates.shape != (len(parameters),) or updates.dtype != torch.int64:
+        given = f"{updates.dtype} {tuple(updates.shape)}"
+        raise ValueError(f"updates is {given}, it must be int64 ({len(parameters)},), one per parameter")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {beta}")
     torch.ops.adalora_fast.importance_update_(
         parameters, grads, statistics, updates, score, smoothing, beta1, beta2
     )
@@ -85,4 +113,5 @@ def importance_scores(
     Returns:
         [T] scores in ``statistics``'s type, matrix by matrix in the order of ``parameters``.
     """
+    _check(parameters, statistics, score, smoothing)
     return torch.ops.adalora_fast.importance_scores(parameters, statistics, score, smoothing)

@@ -147,8 +147,11 @@ def signals(
             gradients[missing] = 0.0
         value = signal(weights, gradients)
         peak = torch.linalg.vector_norm(value, float("inf"))
-        peaks.append(peak * peak if signal is _gradient_itself else peak)  # gsnr squares it
+        # Differences of signals must be finite too, and gsnr squares them: leave room for both.
+        peaks.append(16 * peak * peak if signal is _gradient_itself else 4 * peak)
         stacked.append(value)
+    if not peaks:
+        return [], torch.ones((), dtype=torch.bool, device=parameters[0].device)
     return stacked, torch.stack(peaks).isfinite().all()
 
 
@@ -173,7 +176,8 @@ def _update_moments_(
 ) -> Tensor:
     """Welford's recurrence; returns the ratio. ``count``: updates before this one [n, 1, 1]."""
     mean, variance = rows["mean"], rows["variance"]
-    share = torch.where(alive > 0, (1 - beta1) / (1 - beta1 ** (count + 1)), 0.0)
+    bias = 1 - beta1 ** (count + 1).double()  # in float32 the first share would not be exactly 1
+    share = torch.where(alive > 0, ((1 - beta1) / bias).to(mean.dtype), 0.0)
     deviation = g - mean
     mean.addcmul_(deviation, share)
     variance.addcmul_(deviation.square_(), share).mul_(1 - share)
@@ -213,7 +217,7 @@ def update_(
         rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
         value = torch.where(finite, value, 0.0)
         if score == "gsnr":
-            count = updates[members].to(statistics.dtype).view(-1, 1, 1)
+            count = updates[members].view(-1, 1, 1)
             value = _update_moments_(rows, value, count, moving, beta1)
         if score != "gsnr" or smoothing != "none":
             smooth_(rows, value, smoothing, moving, beta1, beta2)

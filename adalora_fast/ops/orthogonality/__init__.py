@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from adalora_fast.ops import backend
-from adalora_fast.ops.library import define, define_gradient
+from adalora_fast.ops.library import define, define_gradient, without_autocast
 from adalora_fast.ops.orthogonality import reference
 from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
 
@@ -28,7 +28,7 @@ def _fake(lora_A, lora_B, penalty, with_grad):
     fake=_fake,
 )
 def _orthogonality(lora_A, lora_B, penalty, with_grad):
-    with torch.autocast(lora_A[0].device.type, enabled=False):
+    with without_autocast(lora_A[0].device.type):
         functions = backend.kernel("orthogonality", lora_A[0].device.type)
         return functions.loss(lora_A, lora_B, penalty, with_grad)
 
@@ -96,6 +96,11 @@ def orthogonality(
         )
     if penalty not in PENALTIES:
         raise ValueError(f"orth_penalty {penalty!r} is not one of {PENALTIES}")
+    for A, B in zip(lora_A, lora_B, strict=True):
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise ValueError(
+                f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} must be (r, in) and (out, r)"
+            )
     return torch.ops.adalora_fast.orthogonality(lora_A, lora_B, penalty, torch.is_grad_enabled())
 
 
