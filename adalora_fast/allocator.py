@@ -79,6 +79,7 @@ class RankAllocator:
         self.beta1, self.beta2, self.score_gradient = beta1, beta2, score_gradient
         if target_total_rank is None:
             target_total_rank = target_r * len(self._layers)
+        self._wanted = target_total_rank
         initial = self.total_rank()
         if finished:
             target_total_rank = initial
@@ -264,9 +265,7 @@ class RankAllocator:
     def _check_placement(self, parameters: list[Tensor]) -> None:
         """Follow a model that was moved or cast; refuse one whose layers changed shape."""
         if [parameter.shape for parameter in parameters] != self._shapes:
-            raise ValueError(
-                "adapter shapes changed since the allocator was made; call rebind() or make a new one"
-            )
+            raise ValueError("adapter shapes changed since the allocator was made; call rebind() on it")
         device, dtype = _placement(parameters)
         if (device, dtype) != (self._device, self._dtype):
             self._device, self._dtype = device, dtype
@@ -381,9 +380,28 @@ class RankAllocator:
             start = stop
         return pattern
 
-    def rebind(self) -> None:
-        """Take the layers as they are after their ranks changed: fresh statistics, every triplet kept."""
-        self._allocate_statistics()
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The adapted layers, in the order of ties."""
+        return tuple(self._layers)
+
+    def rebind(self, *, finished: bool = False) -> None:
+        """Start anew with the layers as they are, after their ranks changed; an attached optimizer stays.
+
+        Args:
+            finished: the layers were cut down to their final ranks; nothing is left to prune.
+        """
+        self._initial = self.total_rank()
+        self._target = self._initial if finished else self._wanted
+        schedule = self.schedule
+        self.set_schedule(
+            tinit=schedule.tinit,
+            tfinal=schedule.tfinal,
+            deltaT=schedule.deltaT,
+            total_step=schedule.total_step,
+        )
+        self.reset()
+        self.is_final = self.is_over = finished
 
     def state_dict(self) -> AllocatorState:
         """Everything a resumed run needs: step, flags, mask, statistics; tensors are copies on the CPU."""

@@ -9,6 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from adalora_fast.ops.importance import layout_of
+from adalora_fast.ops.importance.reference import KINDS
+
 if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
 
@@ -52,9 +55,6 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
 
 def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
     """(name, view into ``buffer``) of every statistic of every parameter; none once the mask is final."""
-    from adalora_fast.ops.importance import layout_of
-    from adalora_fast.ops.importance.reference import KINDS
-
     if buffer.shape[1] == 0:
         return
     layers = list(allocator._layers)
@@ -68,45 +68,86 @@ def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
 
 def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
     """See :meth:`RankAllocator.load_state_dict`."""
-    try:
-        config, tensors = state["config"], state["tensors"]
-        if config["format"] != FORMAT:
-            raise ValueError(f"allocator state has format {config['format']}, this version reads {FORMAT}")
-        _check_same(config, allocator)
-        mask, updates = tensors["mask"], tensors["updates"]
-        layers = dict(config["layers"])
-        t, is_final, is_over = int(config["t"]), bool(config["is_final"]), bool(config["is_over"])
-        update_count = int(config["update_count"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"allocator state is incomplete ({error}); it is damaged or not an allocator's"
-        ) from error
-    mask = _mask_for_layers(mask, layers, allocator)
-    size = 0 if is_final else allocator._statistics.shape[1]
-    statistics = torch.zeros(
-        len(allocator._statistic_names()), size, dtype=allocator._dtype, device=allocator._device
-    )
-    if not is_final:
-        if updates.shape != allocator._updates.shape:
+    ranks = [factors.lora_E.shape[0] for factors in allocator._factors()]
+    mask = check_state(state, allocator, dict(zip(allocator.layer_names, ranks, strict=True)))
+    config, tensors = state["config"], state["tensors"]
+    size = 0 if config["is_final"] else layout_of(allocator._parameters(), allocator.score.name).size
+    shape = (len(allocator._statistic_names()), size)
+    statistics = torch.zeros(shape, dtype=allocator._dtype, device=allocator._device)
+    for name, view in _statistic_views(allocator, statistics):
+        if name not in tensors or tensors[name].shape != view.shape:
             raise ValueError(
-                f"allocator state counts {updates.numel()} parameters, the model has "
-                f"{len(allocator._updates)}"
+                f"allocator state lacks {name} {tuple(view.shape)}; it is damaged or of another model"
             )
-        for name, view in _statistic_views(allocator, statistics):
-            if name not in tensors or tensors[name].shape != view.shape:
-                raise ValueError(
-                    f"allocator state lacks {name} {tuple(view.shape)}; it is damaged or of another model"
-                )
-            view.copy_(tensors[name])
+        view.copy_(tensors[name])
     allocator._statistics, allocator._mask = statistics, mask.to(allocator._device)
-    allocator._updates = updates.to(allocator._device, copy=True)
-    allocator._update_count = update_count
+    allocator._updates = tensors["updates"].to(allocator._device, copy=True)
     allocator._user_state = {
         name.removeprefix("user/"): tensor.to(allocator._device, copy=True)
         for name, tensor in tensors.items()
         if name.startswith("user/")
     }
-    allocator.t, allocator.is_final, allocator.is_over = t, is_final, is_over
+    allocator._update_count = config["update_count"]
+    allocator.t, allocator.is_final, allocator.is_over = config["t"], config["is_final"], config["is_over"]
+
+
+def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[str, int]) -> torch.Tensor:
+    """The state's mask for layers of these ``ranks``, if all of the state fits the allocator and is sound.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        config, tensors = state["config"], state["tensors"]
+        if config["format"] != FORMAT:
+            raise ValueError(f"allocator state has format {config['format']}, this version reads {FORMAT}")
+        for name in ("t", "update_count"):
+            if not isinstance(config[name], int) or config[name] < 0:
+                raise ValueError(f"allocator state has {name}={config[name]!r}; it is damaged")
+        for name in ("is_final", "is_over"):
+            if not isinstance(config[name], bool):
+                raise ValueError(f"allocator state has {name}={config[name]!r}; it is damaged")
+        _check_same(config, allocator)
+        mask, updates, layers = tensors["mask"], tensors["updates"], config["layers"]
+        if not isinstance(layers, dict) or not all(isinstance(rank, int) for rank in layers.values()):
+            raise ValueError(
+                f"allocator state has layers {layers!r}, names and ranks were expected; it is damaged"
+            )
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"allocator state is incomplete ({error}); it is damaged or not an allocator's"
+        ) from error
+    kept = _mask_for_layers(mask, layers, ranks, config)
+    if updates.shape != allocator._updates.shape:
+        raise ValueError(
+            f"allocator state counts {updates.numel()} parameters, the model has {len(allocator._updates)}"
+        )
+    if updates.dtype != torch.int64 or (updates < 0).any():
+        raise ValueError("allocator state has updates that are no counts; it is damaged")
+    statistics = {name: t for name, t in tensors.items() if name not in ("mask", "updates")}
+    for name, tensor in statistics.items():
+        sound = name.startswith("user/") or (tensor.is_floating_point() and tensor.isfinite().all())
+        if not sound:
+            raise ValueError(f"allocator state has {name} that is not finite numbers; it is damaged")
+    if not config["is_final"]:
+        _check_statistics(allocator, layers, statistics)
+    return kept
+
+
+def _check_statistics(allocator: "RankAllocator", layers: dict[str, int], tensors: dict) -> None:
+    """Every statistic of every entry is there, for layers of the saved ranks."""
+    for (layer, rank), factors in zip(layers.items(), allocator._factors(), strict=False):
+        shapes = {"lora_A": (rank, factors.lora_A.shape[1]), "lora_E": (rank, 1)}
+        shapes["lora_B"] = (factors.lora_B.shape[0], rank)
+        if rank == 0:
+            continue
+        for statistic in allocator._statistic_names():
+            for kind in ("lora_E",) if allocator.score.name == "magnitude" else shapes:
+                name = f"{statistic}/{layer}.{kind}"
+                if name not in tensors or tensors[name].shape != shapes[kind]:
+                    raise ValueError(
+                        f"allocator state lacks {name} {shapes[kind]}; it is damaged or of another model"
+                    )
 
 
 def _check_same(config: dict, allocator: "RankAllocator") -> None:
@@ -120,35 +161,41 @@ def _check_same(config: dict, allocator: "RankAllocator") -> None:
             raise ValueError(
                 f"allocator state was saved with {name}={config[name]!r}, this allocator has {value!r}"
             )
-    if config["schedule"]["target"] != allocator.schedule.target:
+    target, wanted = config["schedule"]["target"], allocator._wanted
+    if target != wanted:
         raise ValueError(
-            f"allocator state has a target budget of {config['schedule']['target']} triplets, "
-            "this allocator has "
-            f"{allocator.schedule.target}; use the same target_r"
+            f"allocator state has a target budget of {target} triplets, this allocator has "
+            f"{wanted}; use the same "
+            "target_r"
         )
 
 
-def _mask_for_layers(mask: torch.Tensor, layers: dict[str, int], allocator: "RankAllocator") -> torch.Tensor:
-    """The saved mask for the layers as they are: whole, or cut down to the triplets that were kept."""
-    now = {
-        name: factors.lora_E.shape[0]
-        for name, factors in zip(allocator._layers, allocator._factors(), strict=True)
-    }
-    if list(layers) != list(now):
-        strange = next((name for name in (*layers, *now) if (name in layers) != (name in now)), "their order")
+def _mask_for_layers(
+    mask: torch.Tensor, layers: dict[str, int], ranks: dict[str, int], config: dict
+) -> torch.Tensor:
+    """The saved mask for layers of these ranks: whole, or cut down to the triplets that were kept."""
+    if list(layers) != list(ranks):
+        differing = (name for name in (*layers, *ranks) if (name in layers) != (name in ranks))
+        strange = next(differing, "their order")
         raise ValueError(f"allocator state belongs to other layers (first difference: {strange})")
-    if mask.dtype != torch.bool or mask.numel() != sum(layers.values()):
+    total = sum(layers.values())
+    if mask.dtype != torch.bool or mask.shape != (total,):
         raise ValueError(
-            f"allocator state has a mask of {mask.numel()} {mask.dtype} for {sum(layers.values())} triplets"
+            f"allocator state has a mask of {mask.numel()} {mask.dtype} for {total} triplets; it is damaged"
+        )
+    if config["is_final"] and int(mask.sum()) != config["schedule"]["target"]:
+        raise ValueError(
+            f"allocator state has a final mask of {int(mask.sum())} triplets for a budget of "
+            f"{config['schedule']['target']}; it is damaged"
         )
     parts = []
     for (name, rank), kept in zip(layers.items(), mask.split(list(layers.values())), strict=True):
-        if now[name] == rank:
+        if ranks[name] == rank:
             parts.append(kept)
-        elif now[name] == int(kept.sum()):
-            parts.append(torch.ones(now[name], dtype=torch.bool))
+        elif ranks[name] == int(kept.sum()):
+            parts.append(torch.ones(ranks[name], dtype=torch.bool))
         else:
-            raise ValueError(f"allocator state gives {name} rank {rank}, the model has {now[name]}")
+            raise ValueError(f"allocator state gives {name} rank {rank}, the model has {ranks[name]}")
     return torch.cat(parts)
 
 

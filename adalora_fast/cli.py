@@ -115,7 +115,9 @@ COMMANDS = {"demo": Demo, "train": Train, "report": Report}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 2 where the input was wrong (one line on stderr says what to change)."""
+    """Run one command; 0 if it worked, 2 where the input was wrong (one line on stderr says what to
+    change).
+    """
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, args=arguments, prog="adalora-fast", description="AdaLoRA, fast and correct."
     )

@@ -1,5 +1,7 @@
 """The task's part of a gradient: what is left when the orthogonality term's part is taken out again."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,16 @@ class TaskGradient:
     """Remembers, over one optimizer step, what the orthogonality term adds to the raw gradients.
 
     Clipping and unscaling multiply every gradient by one factor c between backward and the optimizer's step.
-    c = <g, g_raw> / <g_raw, g_raw> is read off the factors that the term reaches, and the term's raw part is taken
-    out with the same factor: g_task = g - c · γ · dR/dw. Works in one process: gradients averaged over processes
-    are no multiple of the raw ones.
+    c = <g, g_raw> / <g_raw, g_raw> is read off the factors that the term reaches, and the term's raw part is
+    taken out with the same factor: g_task = g - c · γ · dR/dw. Works in one process: gradients averaged over
+    processes are no multiple of the raw ones.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def __getstate__(self) -> dict:
-        return {"_stacks": None, "_raw": {}, "_hooks": {}}  # a copy starts its own step
+        return {"_stacks": None, "_raw": {}, "_grads": {}, "_hooks": {}}  # a copy starts its own step
 
     def forget(self) -> None:
         """Start the next optimizer step."""
@@ -27,10 +29,12 @@ class TaskGradient:
             hook.remove()
         self._stacks: list[Tensor] | None = None
         self._raw: dict[int, Tensor] = {}
+        self._grads: dict[int, Tensor] = {}
         self._hooks: dict[int, torch.utils.hooks.RemovableHandle] = {}
 
     def note(self, upstream: Tensor, stacks: list[Tensor], parameters: list[Tensor]) -> None:
-        """Called in a backward, before any gradient is stored: the term's gradient is ``upstream`` times ``stacks``.
+        """Called in a backward, before any gradient is stored: the term's gradient is ``upstream`` times
+        ``stacks``.
 
         Raises:
             RuntimeError: several processes train together.
@@ -43,16 +47,24 @@ class TaskGradient:
             i: parameter for i, parameter in enumerate(parameters) if i % 3 != 1 and parameter.requires_grad
         }
         if all(p.grad is None or not p.grad.any() for p in reached.values()):
-            self.forget()  # the gradients were zeroed since: what was noted belongs to a step that was skipped
+            self.forget()  # zeroed since: what was noted belongs to a skipped step
         parts = [upstream * stack for stack in stacks]
         if self._stacks is not None:
             parts = [old + new for old, new in zip(self._stacks, parts, strict=True)]
         self._stacks = parts
         for i, parameter in reached.items():
             if i not in self._hooks:
-                self._hooks[i] = parameter.register_post_accumulate_grad_hook(
-                    lambda parameter, i=i: self._raw.update({i: parameter.grad.clone()})
-                )
+                self._hooks[i] = parameter.register_post_accumulate_grad_hook(partial(self._keep_raw, i))
+
+    def _keep_raw(self, i: int, parameter: Tensor) -> None:
+        """The gradient so far; a new gradient tensor means that the last step was skipped and its own
+        zeroed.
+        """
+        if self._grads.get(i, parameter.grad) is not parameter.grad:
+            self.forget()
+            return
+        self._grads[i] = parameter.grad
+        self._raw[i] = parameter.grad.clone()
 
     def of(
         self, parameters: list[Tensor], grads: list[Tensor | None], dtype: torch.dtype

@@ -57,6 +57,12 @@ class FusedSVDLinear(SVDLinear):
         self._denominator[adapter_name] = r + 1e-5
 
     @torch.no_grad()
+    def set_ranknum(self, adapter_name: str, rank: int) -> None:
+        """Scale the adapter as one of this initial rank."""
+        self.ranknum[adapter_name].fill_(float(rank))
+        self._denominator[adapter_name] = rank + 1e-5
+
+    @torch.no_grad()
     def resize(self, adapter_name: str, rank: int, config) -> None:
         """Give the adapter ``rank`` fresh triplets and leave its scale as it is."""
         ranknum = self.ranknum[adapter_name].clone()

@@ -3,23 +3,17 @@ methods.
 """
 
 import contextlib
-import json
-import os
-import shutil
-import tempfile
 import warnings
 from functools import cache
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
-from adalora_fast.allocator_state import FILE_NAME, read_state, write_state
+from adalora_fast.integrations.checkpoints import Checkpoint, WithAllocator
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers, factor_finders, fuse_layer
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.adapter import PRECISIONS
@@ -76,6 +70,14 @@ class FusedAdaLoraModel(AdaLoraModel):
     def _optimizer_version(self) -> int:
         """Changes with every optimizer step that writes in place (bitsandbytes' kernels do not show)."""
         return sum(parameter._version for parameter in self.rankallocator._lambdas())
+
+    def remember_versions(self) -> None:
+        """From here on, a change of the weights means that an optimizer stepped."""
+        self._first_version = self._seen_version = self._watched_version = self._optimizer_version()
+
+    def was_trained(self) -> bool:
+        """Whether the weights changed since they were made or loaded."""
+        return self._optimizer_version() != self._first_version
 
     def _finite_gradients(self) -> bool:
         """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients)."""
@@ -144,125 +146,51 @@ class FusedAdaLoraModel(AdaLoraModel):
     def saving(self):
         """While a finished run is saved its config holds the pattern, so that PEFT drops the pruned triplets.
 
-        In memory it is None: a checkpoint from the middle of a run must keep whole tensors.
+        In memory it is None: a checkpoint from the middle of a run must keep whole tensors. (Once the layers
+        themselves were cut down, by loading such a checkpoint, it is the pattern they were cut by.)
         """
         config = self.peft_config[self.trainable_adapter_name]
-        if self._cut_pattern is None and self.rankallocator.is_over:
+        before = config.rank_pattern, config.inference_mode
+        if config.rank_pattern is None and self.rankallocator.is_over:
             config.rank_pattern = self.peft_rank_pattern()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message=".*LoRA tensor.s. have invalid shape.*"
-                )  # rank 0 is meant
+                # rank 0 is meant
+                warnings.filterwarnings("ignore", message=".*LoRA tensor.s. have invalid shape.*")
                 yield
         finally:
-            config.rank_pattern = self._cut_pattern
+            config.rank_pattern, config.inference_mode = before
 
-    def match_ranks(self, folder: Path) -> None:
+    def match_ranks(self, checkpoint: Checkpoint) -> None:
         """Give every layer the rank it has in the checkpoint, before PEFT copies the weights."""
         adapter = self.trainable_adapter_name
-        config = self.peft_config[adapter]
-        ranks = _saved_ranks(folder)
-        pattern = json.loads((folder / "adapter_config.json").read_text()).get("rank_pattern") or None
-        for name, layer in adapter_layers(self.model).items():
-            rank = ranks.get(f"base_model.model.{name}.lora_E")
-            if rank is None or adapter not in layer.lora_A or rank == layer.lora_A[adapter].shape[0]:
-                continue
+        resized = {
+            name: checkpoint.rank(name)
+            for name, layer in adapter_layers(self.model).items()
+            if adapter in layer.lora_A and checkpoint.rank(name) != layer.lora_A[adapter].shape[0]
+        }
+        for name in resized:
+            layer = self.model.get_submodule(name)
             if not isinstance(layer, FusedSVDLinear):
                 raise ValueError(
-                    f"{name} ({type(layer).__name__}) cannot change its rank to {rank}; load a new model"
+                    f"{name} ({type(layer).__name__}) cannot change its rank; load into a new model"
                 )
-            layer.resize(adapter, rank, config)
-        self._cut_pattern = pattern
-        self.make_allocator(finished=pattern is not None)
+        for name, rank in resized.items():
+            self.model.get_submodule(name).resize(adapter, rank, self.peft_config[adapter])
 
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict, adapter_name: str) -> None:
+        """PEFT's, with the scale of the initial rank kept in every layer, also where no triplet is left."""
+        super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
+        self.restore_ranknum(rank_pattern, adapter_name)
 
-class WithAllocator:
-    """What ``fuse`` adds to a ``PeftModel``: checkpoints carry the allocator, and are written whole or not at
-    all.
-    """
-
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs) -> None:
-        """PEFT's, plus the allocator's state; written beside the target and moved into place at the end."""
-        tuner = self.base_model
-        if tuner.rankallocator is None or not is_main_process:
-            return super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        allocator = tuner.rankallocator
-        if allocator.t == 0 and tuner._forgotten > 0 and not allocator.is_over:
-            warnings.warn(
-                "saving an adapter that was trained without one allocator step", UserWarning, stacklevel=2
-            )
-        target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"{target} is a file; give save_pretrained a folder")
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as place:
-            if (target / "README.md").is_file():
-                shutil.copy2(target / "README.md", place)  # PEFT updates a model card that is there
-            with tuner.saving():
-                super().save_pretrained(place, *args, **kwargs)
-            adapter = tuner.trainable_adapter_name
-            folder = Path(place) if adapter == "default" else Path(place) / adapter
-            if folder.is_dir():
-                write_state(allocator, folder)
-            _move_files(Path(place), target)
-
-    def load_adapter(self, model_id, adapter_name: str, *args, **kwargs):
-        """PEFT's, and the allocator's state if the checkpoint has one; whole and cut-down checkpoints both
-        load.
+    def restore_ranknum(self, rank_pattern: dict, adapter_name: str) -> None:
+        """The scale's rank is the initial one: the length of a layer's pattern (PEFT forgets it at rank
+        0).
         """
-        tuner, folder = self.base_model, Path(str(model_id)) / (kwargs.get("subfolder") or "")
-        ours = tuner.rankallocator is not None and adapter_name == tuner.trainable_adapter_name
-        if not ours or not (folder / "adapter_config.json").is_file():
-            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        state = read_state(folder)
-        tuner.peft_config[adapter_name].rank_pattern = None
-        tuner.match_ranks(folder)
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        tuner.peft_config[adapter_name].rank_pattern = tuner._cut_pattern
-        if state is not None and tuner._cut_pattern is None:
-            tuner.rankallocator.load_state_dict(state)
-            if not tuner.rankallocator.is_final and not (
-                args[0] if args else kwargs.get("is_trainable", False)
-            ):
-                _warn_unfinished(state["config"])
-        elif state is None and tuner._cut_pattern is None:
-            warnings.warn(
-                f"{folder} has no {FILE_NAME}: the allocator starts with empty statistics", stacklevel=2
-            )
-        return result
-
-
-def _warn_unfinished(saved: dict) -> None:
-    warnings.warn(
-        f"this checkpoint was saved before the final mask, at step {saved['t']} with "
-        f"{saved['budget']} triplets (final "
-        f"budget {saved['schedule']['target']}); train on, or call rankallocator.finalize()",
-        UserWarning,
-        stacklevel=3,
-    )
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Rename every file below ``source`` to its place below ``target`` (same file system)."""
-    for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir(exist_ok=True)
-        else:
-            os.replace(path, place)
-
-
-def _saved_ranks(folder: Path) -> dict[str, int]:
-    """Key of every lora_E in the checkpoint and its rank, from the file's header."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(".lora_E")}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error}); restore it from a copy") from error
+        for key, kept in rank_pattern.items():
+            layer = self.model.get_submodule(key.partition(".lora_E")[0])
+            if isinstance(layer, FusedSVDLinear):
+                layer.set_ranknum(adapter_name, len(kept))
 
 
 @cache
@@ -340,9 +268,10 @@ def fuse(
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
     tuner.orth_penalty, tuner.precision = orth_penalty, precision
     tuner.regularised, tuner._warned_order, tuner._forgotten = True, False, 0
-    tuner._cut_pattern = pattern
     tuner.__class__ = FusedAdaLoraModel
-    tuner._seen_version = tuner._watched_version = None if config is None else tuner._optimizer_version()
+    if config is not None:
+        tuner.remember_versions()
+        tuner.restore_ranknum(pattern or {}, adapter)
     model.__class__ = _fused_model_class(type(model))
     return model
 

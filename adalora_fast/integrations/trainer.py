@@ -76,8 +76,7 @@ class AdaLoraCallback(TrainerCallback):
             self._load_state(
                 allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
             )
-        if not allocator.is_final:
-            self._fit_schedule(tuner, state.max_steps)
+        self._fit_schedule(tuner, state.max_steps)
         allocator.is_over = False  # checkpoints of a run in progress keep whole tensors
         allocator.detach()
         allocator.attach(optimizer, automatic=False)

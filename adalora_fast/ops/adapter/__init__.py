@@ -227,7 +227,8 @@ def _check(
     rank = lora_A.shape[0]
     if lora_A.dim() != 2 or lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
         raise ValueError(
-            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)}, lora_B {tuple(lora_B.shape)} do not fit; "
+            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)}, lora_B "
+            f"{tuple(lora_B.shape)} do not fit; "
             f"they must be (r, in), (r, 1) and ({out_features}, r)"
         )
     in_features = lora_A.shape[1]
@@ -354,9 +355,11 @@ def adalora_delta_(
 
 
 def _may_write(result: Tensor, x: Tensor) -> bool:
-    """Whether ``result`` can be overwritten unnoticed: no gradient is recorded, and nothing else reads its memory.
+    """Whether ``result`` can be overwritten unnoticed: no gradient is recorded, and nothing else reads its
+    memory.
 
-    Tensors made in inference mode do not tell whether they are views; that they own all of their memory stands in.
+    Tensors made in inference mode do not tell whether they are views; that they own all of their memory
+    stands in.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or result._is_view():
         return False

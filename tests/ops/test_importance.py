@@ -1,0 +1,245 @@
+"""Every score with every smoothing against a float64 calculation from the whole history, over many steps."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from adalora_fast.ops import importance_scores, importance_update_
+from tests.ops.scoring import SCORES, SHAPES, SMOOTHINGS, make_buffers, make_parameters, triplet_scores
+from tests.tolerances import assert_accurate
+
+BETAS = (0.85, 0.7)
+
+
+def run(
+    score,
+    smoothing,
+    steps,
+    dtype,
+    *,
+    shapes=SHAPES,
+    statistics_dtype=None,
+    missing=(),
+    betas=BETAS,
+    spread=1.0,
+):
+    """(scores of the op, scores from the history); ``missing``: {(step, parameter)} without a gradient."""
+    parameters = make_parameters(shapes, dtype)
+    histories = [[] for _ in parameters]
+    statistics, updates = make_buffers(parameters, score, smoothing, statistics_dtype or dtype)
+    generator = torch.Generator().manual_seed(9)
+    for step in range(steps):
+        grads = []
+        for number, (parameter, history) in enumerate(zip(parameters, histories, strict=True)):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.1 * noise).to(dtype))
+            grad = None if (step, number) in missing else (spread * noise.flip(0) + 0.3).to(dtype)
+            grads.append(grad)
+            history.append((parameter.clone(), grad))
+        importance_update_(parameters, grads, statistics, updates, score, smoothing, *betas)
+    for number, history in enumerate(histories):
+        assert updates[number] == sum(g is not None for _, g in history)
+    got = importance_scores(parameters, statistics, score, smoothing)
+    assert got.dtype == statistics.dtype
+    return got, triplet_scores(histories, score, smoothing, *betas)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 25])
+def test_against_the_history(score, smoothing, steps):
+    got, want = run(score, smoothing, steps, torch.float64)
+    assert_accurate(got, want, torch.float64, factor=1e3 if score == "gsnr" else 10)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float32_statistics_of_narrower_parameters(score, smoothing, dtype):
+    got, want = run(score, smoothing, 12, dtype, statistics_dtype=torch.float32)
+    assert_accurate(got, want, torch.float32, factor=10)
+
+
+@pytest.mark.parametrize("beta1", [0.01, 0.5, 0.99, 0.999])
+@pytest.mark.parametrize("score", ["sensitivity", "gsnr"])
+def test_other_decays(score, beta1):
+    got, want = run(score, "ema_uncertainty", 10, torch.float64, betas=(beta1, 0.2))
+    assert_accurate(got, want, torch.float64, factor=1e4)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+@pytest.mark.parametrize("score", SCORES)
+def test_missing_gradients_leave_a_parameter_behind(score, smoothing):
+    """Parameter 0 lacks its first gradient, 4 its last two, 15 all of them: each is counted on its own."""
+    missing = {(0, 0), (5, 4), (6, 4), (3, 7)} | {(step, 15) for step in range(7)}
+    got, want = run(score, smoothing, 7, torch.float64, missing=missing)
+    assert_accurate(got, want, torch.float64, factor=1e3)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_step_without_any_gradient_changes_nothing(score):
+    parameters = make_parameters()
+    statistics, updates = make_buffers(parameters, score, "ema")
+    importance_update_(parameters, parameters, statistics, updates, score, "ema")
+    before = statistics.clone(), updates.clone()
+    importance_update_(parameters, [None] * len(parameters), statistics, updates, score, "ema")
+    assert torch.equal(statistics, before[0]) and torch.equal(updates, before[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(0, 4), st.integers(1, 6)), min_size=1, max_size=5
+    ),
+    score=st.sampled_from(SCORES),
+    smoothing=st.sampled_from(SMOOTHINGS),
+    steps=st.integers(1, 4),
+    gaps=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 14)), max_size=6),
+)
+def test_drawn_models(shapes, score, smoothing, steps, gaps):
+    assume(any(rank for _, rank, _ in shapes))
+    got, want = run(score, smoothing, steps, torch.float64, shapes=tuple(shapes), missing=gaps)
+    assert_accurate(got, want, torch.float64, factor=1e4)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_model_of_rank_zero_layers_only(score):
+    parameters = make_parameters(((5, 0, 4), (3, 0, 3)))
+    statistics, updates = make_buffers(parameters, score, "ema")
+    importance_update_(parameters, parameters, statistics, updates, score, "ema")
+    assert importance_scores(parameters, statistics, score, "ema").shape == (0,)
+
+
+def test_magnitude_reads_lambda_only():
+    parameters = make_parameters()
+    statistics, updates = make_buffers(parameters, "magnitude", "none")
+    assert statistics.numel() == sum(E.numel() for E in parameters[1::3])
+    importance_update_(parameters, parameters, statistics, updates, "magnitude", "none")
+    scores = importance_scores(parameters, statistics, "magnitude", "none")
+    assert torch.equal(scores, torch.cat(parameters[1::3]).abs().squeeze(1))
+
+
+def test_triplet_score_is_lambda_plus_two_means():
+    A, E, B = (torch.tensor(v, dtype=torch.float64) for v in ([[1.0, 2.0, 6.0]], [[5.0]], [[1.0], [3.0]]))
+    statistics, updates = make_buffers([A, E, B], "sensitivity", "none")
+    importance_update_(
+        [A, E, B], [torch.ones_like(t) for t in (A, E, B)], statistics, updates, "sensitivity", "none"
+    )
+    assert importance_scores([A, E, B], statistics, "sensitivity", "none").item() == 5.0 + 3.0 + 2.0
+
+
+def test_uncertainty_uses_the_average_already_updated():
+    A, E, B = torch.zeros(1, 1).double(), torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+    statistics, updates = make_buffers([A, E, B], "sensitivity", "ema_uncertainty")
+    grads = [torch.zeros(1, 1).double(), torch.full((1, 1), 2.0).double(), torch.zeros(1, 1).double()]
+    importance_update_([A, E, B], grads, statistics, updates, "sensitivity", "ema_uncertainty", 0.5, 0.75)
+    ema = 0.5 * 2.0
+    got = importance_scores([A, E, B], statistics, "sensitivity", "ema_uncertainty").item()
+    assert got == ema * (0.25 * abs(2.0 - ema))
+
+
+def test_gsnr_of_gradients_with_a_large_mean_keeps_its_variance():
+    """In float32, v̄ - m̄² would lose everything here; Welford's recurrence does not."""
+    parameters = make_parameters(((4, 2, 4),), torch.float32)
+    statistics, updates = make_buffers(parameters, "gsnr", "none", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    histories = [[] for _ in parameters]
+    for _ in range(30):
+        grads = [100 + torch.randn(p.shape, generator=generator) for p in parameters]
+        for history, parameter, grad in zip(histories, parameters, grads, strict=True):
+            history.append((parameter.clone(), grad))
+        importance_update_(parameters, grads, statistics, updates, "gsnr", "none")
+    got = importance_scores(parameters, statistics, "gsnr", "none")
+    assert_accurate(got, triplet_scores(histories, "gsnr", "none", 0.85, 0.85), torch.float32, factor=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta1", [0.5, 0.85, 0.9, 0.95, 0.99, 0.999, 0.9999])
+def test_gsnr_after_the_first_update_has_no_variance(beta1, dtype):
+    """The first gradient has all the weight: the mean is g and Var 0 exactly, so the ratio is 1e6."""
+    parameters = make_parameters(((4, 2, 4),), dtype)
+    statistics, updates = make_buffers(parameters, "gsnr", "none", dtype)
+    grads = [p.flip(0).clone() for p in parameters]
+    importance_update_(parameters, grads, statistics, updates, "gsnr", "none", beta1)
+    scores = importance_scores(parameters, statistics, "gsnr", "none")
+    assert torch.allclose(scores, torch.full_like(scores, 3e6), rtol=1e-3), scores
+    assert (statistics[1] >= 0).all(), "a variance cannot be negative"
+    for _ in range(4):
+        importance_update_(parameters, grads, statistics, updates, "gsnr", "none", beta1)
+        assert (statistics[1] >= 0).all()
+
+
+def test_gsnr_of_a_constant_gradient_is_bounded_and_of_none_zero():
+    parameters = make_parameters(((4, 2, 4),), torch.float32)
+    for value, expected in ((0.5, 3e6), (0.0, 0.0), (1e-18, None)):
+        statistics, updates = make_buffers(parameters, "gsnr", "none", torch.float32)
+        for _ in range(5):
+            grads = [torch.full_like(p, value) for p in parameters]
+            importance_update_(parameters, grads, statistics, updates, "gsnr", "none")
+        scores = importance_scores(parameters, statistics, "gsnr", "none")
+        assert scores.isfinite().all()
+        if expected is not None:
+            assert torch.allclose(scores, torch.full_like(scores, expected), rtol=1e-4)
+
+
+def test_inputs_are_left_alone():
+    for score in SCORES:
+        parameters = make_parameters()
+        grads = [p.flip(0) * 2 for p in parameters]
+        before = [t.clone() for t in parameters + grads]
+        statistics, updates = make_buffers(parameters, score, "ema_uncertainty")
+        importance_update_(parameters, grads, statistics, updates, score, "ema_uncertainty")
+        kept = statistics.clone()
+        importance_scores(parameters, statistics, score, "ema_uncertainty")
+        assert all(torch.equal(a, b) for a, b in zip(before, parameters + grads, strict=True))
+        assert torch.equal(kept, statistics)
+
+
+def test_parameters_that_require_gradients_are_taken():
+    parameters = [p.requires_grad_() for p in make_parameters()]
+    statistics, updates = make_buffers(parameters, "sensitivity", "ema")
+    importance_update_(
+        parameters, [p.detach() for p in parameters], statistics, updates, "sensitivity", "ema"
+    )
+    assert not statistics.requires_grad
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_strided_parameters_and_gradients(layout):
+    parameters = make_parameters()
+
+    def restride(t):
+        if layout == "transposed":
+            return t.t().contiguous().t()
+        return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
+
+    expected, got = [], []
+    for values, out in ((parameters, expected), ([restride(p) for p in parameters], got)):
+        statistics, updates = make_buffers(values, "sensitivity", "ema_uncertainty")
+        importance_update_(values, [v * 2 for v in values], statistics, updates)
+        out.append(importance_scores(values, statistics))
+    assert torch.equal(expected[0], got[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"score": "entropy"}, "entropy"),
+        ({"smoothing": "median"}, "median"),
+        ({"statistics": torch.zeros(2, 5)}, "statistics"),
+        ({"statistics": torch.zeros(1, 83)}, "statistics"),
+        ({"updates": torch.zeros(4, dtype=torch.int64)}, "updates"),
+        ({"grads": [None]}, "grads"),
+        ({"beta1": 1.5}, "beta1"),
+        ({"beta2": -0.1}, "beta2"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_arguments(changes, said):
+    parameters = make_parameters()
+    statistics, updates = make_buffers(parameters, "sensitivity", "ema_uncertainty")
+    arguments = {"parameters": parameters, "grads": parameters, "statistics": statistics, "updates": updates}
+    with pytest.raises((ValueError, TypeError), match=said) as error:
+        importance_update_(**{**arguments, **changes})
+    assert "\n" not in str(error.value)
