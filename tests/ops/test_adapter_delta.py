@@ -80,6 +80,17 @@ def test_a_view_is_left_alone(case, view, context):
         assert_accurate(out, expected(case, before[:2]), torch.float64)
 
 
+@pytest.mark.parametrize("view", [lambda t: t.view(7, 6), lambda t: t[:], lambda t: t.chunk(1)[0]])
+def test_a_view_of_a_whole_tensor_is_left_alone(view):
+    case = make_case((7, 5), 6, 3)
+    whole = torch.randn(7, 6, dtype=torch.float64)
+    before = whole.clone()
+    with torch.no_grad():
+        out = adalora_delta_(view(whole), case.x, *case.factors, case.scaling)
+    assert torch.equal(whole, before), "the tensor behind the view was written"
+    assert_accurate(out, expected(case, before), torch.float64)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_strided_result_is_left_alone(case, result, context):
     with context():
