@@ -7,6 +7,7 @@ so that `--help` answers at once.
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     from rich.console import Console
 
+    _quiet_libraries()
     try:
         command.run(Console())
     except (ValueError, OSError) as error:
@@ -134,6 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("adalora-fast: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet_libraries() -> None:
+    """The progress display speaks for the whole program; what libraries say of their own future does not
+    matter here.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _is_about_input(error: Exception) -> bool:

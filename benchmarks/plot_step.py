@@ -1,6 +1,7 @@
-"""The picture of ``benchmarks.step_cpu``: bars of the median step with the 20th and 80th percentile, from its result file.
+"""The picture of ``benchmarks.step_cpu``: bars of the median step with the 20th and 80th percentile, from its
+result file.
 
-    python -m benchmarks.plot_step benchmarks/results/cpu/step.json docs/images/step_cpu
+python -m benchmarks.plot_step benchmarks/results/cpu/step.json docs/images/step_cpu
 """
 
 import argparse
@@ -36,7 +37,8 @@ def draw(result: dict) -> Figure:
     axis.set_xlabel("one training step, ms (median, 20th to 80th percentile)")
     axis.set_title(
         f"{result['ratio_of_pairs']:.2f}x faster than PEFT: MiniLM-L6, r = 16, batch 16 x 64, float32\n"
-        f"{machine['processor']}, {result['threads']} threads, PyTorch {versions['torch']}, PEFT {versions['peft']}",
+        f"{machine['processor']}, {result['threads']} threads, PyTorch {versions['torch']}, PEFT "
+        f"{versions['peft']}",
         fontsize=9,
         loc="left",
     )
@@ -44,7 +46,9 @@ def draw(result: dict) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("result", type=Path, help="what benchmarks.step_cpu --json wrote")
     parser.add_argument("stem", type=Path, help="the picture's path without its ending")
     arguments = parser.parse_args()

@@ -15,7 +15,9 @@ PLACEHOLDER_STEPS = (
 
 
 def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
-    """The pretrained encoder with a fresh head for `task`, and its tokenizer. A local model is read without a network."""
+    """The pretrained encoder with a fresh head for `task`, and its tokenizer. A local model is read
+    without a network.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     name = resolve_model(settings.model)
@@ -31,7 +33,8 @@ def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
         config = AutoConfig.from_pretrained(name, **local, **head)
     except OSError as error:
         raise FileNotFoundError(
-            f"the model {settings.model!r} is not reachable; give --model minilm or the path of a local folder"
+            f"the model {settings.model!r} is not reachable; give --model minilm or the path of a "
+            "local folder"
         ) from error
     family_of(config.model_type)
     if settings.recipe.classifier_dropout is not None:
@@ -44,7 +47,9 @@ def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
 
 
 def adapt(model: nn.Module, settings: RunSettings) -> nn.Module:
-    """Freeze what `settings.method` freezes and add its adapters; pooler and classifier are always trained fully."""
+    """Freeze what `settings.method` freezes and add its adapters; pooler and classifier are always
+    trained fully.
+    """
     model_type = model.config.model_type
     head = list(family_of(model_type).head)
     if settings.method == "full":

@@ -1,6 +1,7 @@
 """The demonstration: four importance scores under one rank budget, on real text, with nothing to download.
 
-A pretrained encoder that comes as a Python package learns which module of the standard library a docstring belongs to.
+A pretrained encoder that comes as a Python package learns which module of the standard library a docstring
+belongs to.
 """
 
 from dataclasses import asdict
@@ -75,7 +76,9 @@ def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[s
 
 
 def demo_runs(corpus: DocstringCorpus, *, recipe: Recipe, seed: int) -> list[RunSettings]:
-    """Head only, plain LoRA at the final rank, and AdaLoRA with each score: the same data, seed and step count."""
+    """Head only, plain LoRA at the final rank, and AdaLoRA with each score: the same data, seed and step
+    count.
+    """
     source = f"standard library of Python {corpus.python_version}"
     common = {"task": "docstrings", "model": "minilm", "recipe": recipe, "seed": seed, "data_dir": source}
     return [
@@ -116,9 +119,12 @@ def describe_corpus(corpus: DocstringCorpus, console: Console) -> None:
     """What was found, what was left out, and the ten modules."""
     counts = corpus.counts
     console.print(
-        f"Python {corpus.python_version}: {counts['docstrings']:,} docstrings of functions and classes; left out "
-        f"{counts['too_short']} too short, {counts['duplicates']} repeated, {counts['shared_between_modules']} shared by "
-        f"modules, {counts['in_other_modules']:,} of other modules; {counts['train']:,} to train, {counts['test']} to test",
+        f"Python {corpus.python_version}: {counts['docstrings']:,} docstrings of functions and "
+        "classes; left out "
+        f"{counts['too_short']} too short, {counts['duplicates']} repeated, "
+        f"{counts['shared_between_modules']} shared by "
+        f"modules, {counts['in_other_modules']:,} of other modules; {counts['train']:,} to train, "
+        f"{counts['test']} to test",
         highlight=False,
     )
     console.print("modules: " + ", ".join(corpus.modules), highlight=False)

@@ -1,8 +1,8 @@
 """A text classification corpus that every CPython carries: the docstrings of its standard library.
 
-The question asked of a model: given the first paragraph of a function's or class's docstring, which of the ten
-best-documented modules does it come from? A module here is the top-level name one imports (`tkinter`, `asyncio`, ...).
-Sources are read and parsed with `ast`; nothing is imported and nothing is executed.
+The question asked of a model: given the first paragraph of a function's or class's docstring, which of the
+ten best-documented modules does it come from? A module here is the top-level name one imports (`tkinter`,
+`asyncio`, ...). Sources are read and parsed with `ast`; nothing is imported and nothing is executed.
 """
 
 import ast
@@ -51,11 +51,12 @@ def build_corpus(
     minimum_texts: int = 1000,
     progress: Callable[[int, int], None] | None = None,
 ) -> DocstringCorpus:
-    """Read, deduplicate and split the docstrings below `root` (default: the running Python's standard library).
+    """Read, deduplicate and split the docstrings below `root` (default: the running Python's standard
+    library).
 
-    Texts that are equal after normalisation are kept once, and dropped altogether where two modules share them (the same
-    question would have two answers). The split is by a hash of the normalised text, one fifth for testing, so it
-    depends on nothing but the text. `progress(done, total)` is called per source file.
+    Texts that are equal after normalisation are kept once, and dropped altogether where two modules share
+    them (the same question would have two answers). The split is by a hash of the normalised text, one fifth
+    for testing, so it depends on nothing but the text. `progress(done, total)` is called per source file.
 
     Raises FileNotFoundError where the sources are missing (some minimal Pythons ship only byte code).
     """
@@ -113,7 +114,9 @@ def is_test_text(normalised: str) -> bool:
 
 
 def _first_paragraphs(root: Path, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, str]]:
-    """(top-level module, first paragraph on one line) for every documented function and class below `root`."""
+    """(top-level module, first paragraph on one line) for every documented function and class below
+    `root`.
+    """
     files = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
     files = [path for path in files if not EXCLUDED_DIRECTORIES.intersection(path.parts)]
     for done, path in enumerate(files, start=1):

@@ -1,4 +1,6 @@
-"""One training run on a GLUE task: from what the user asked for to a folder, with every mistake found before training."""
+"""One training run on a GLUE task: from what the user asked for to a folder, with every mistake found
+before training.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ def run_glue(
     options: dict[str, Any],
     console: Console,
 ) -> dict[str, Any]:
-    """Train and evaluate once; return result.json. `overrides` go into the recipe, `options` into the settings."""
+    """Train and evaluate once; return result.json. `overrides` go into the recipe, `options` into the
+    settings.
+    """
     task = get_task(task_name)
     settings = RunSettings(
         task=task.name,

@@ -1,7 +1,7 @@
 """Which encoder is trained, and which of its matrices are adapted.
 
-A model is `minilm` (the real pretrained encoder that comes as a Python package, checked against its published hash), a
-local folder, or a name on the hub.
+A model is `minilm` (the real pretrained encoder that comes as a Python package, checked against its published
+hash), a local folder, or a name on the hub.
 """
 
 import hashlib
@@ -22,8 +22,10 @@ MINILM_REMEDY = "install it with: pip install --force-reinstall 'adalora_fast[de
 class Family:
     """How one kind of encoder names things.
 
-    `matrices` maps the six adapted matrices of a layer, in the order in which reports show them, to module-name
-    suffixes: the same six as in AdaLoRA's own scripts, never the pooler. `head` is trained fully, because it starts at
+    `matrices` maps the six adapted matrices of a layer, in the order in which reports show them, to
+    module-name
+    suffixes: the same six as in AdaLoRA's own scripts, never the pooler. `head` is trained fully, because it
+        starts at
     random (the classifier) or was not trained for this (the pooler).
     """
 
@@ -71,12 +73,16 @@ def family_of(model_type: str) -> Family:
 
 
 def target_modules(model_type: str) -> list[str]:
-    """Suffixes for PEFT's `target_modules`: q, k, v, attention output, intermediate, output of every layer."""
+    """Suffixes for PEFT's `target_modules`: q, k, v, attention output, intermediate, output of every
+    layer.
+    """
     return list(family_of(model_type).matrices.values())
 
 
 def locate_matrix(layer_name: str) -> tuple[int, str] | None:
-    """(layer index, matrix name) of an adapted module, for instance (3, "query"); None if it is none of the six."""
+    """(layer index, matrix name) of an adapted module, for instance (3, "query"); None if it is none of
+    the six.
+    """
     layer = re.search(r"\blayers?\.(\d+)\.(.+)", layer_name)
     if layer is None:
         return None
@@ -88,7 +94,9 @@ def locate_matrix(layer_name: str) -> tuple[int, str] | None:
 
 
 def resolve_model(name: str) -> str:
-    """What `from_pretrained` is given: the verified folder of the packaged model, a local folder, or a hub name."""
+    """What `from_pretrained` is given: the verified folder of the packaged model, a local folder, or a
+    hub name.
+    """
     if name == "minilm":
         return str(packaged_minilm())
     path = Path(name).expanduser()

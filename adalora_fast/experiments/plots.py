@@ -1,4 +1,6 @@
-"""Pictures made from result files: PNG and SVG, readable by colour-blind people, looked at before they are shown."""
+"""Pictures made from result files: PNG and SVG, readable by colour-blind people, looked at before they
+are shown.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -16,7 +16,8 @@ from rich.progress import (
 
 
 class TrainingProgress:
-    """`with TrainingProgress(...) as progress:` then `start_run`, `advance` per step and `finish_run` per run.
+    """`with TrainingProgress(...) as progress:` then `start_run`, `advance` per step and `finish_run` per
+    run.
 
     Where nobody is looking (a log file), one line per finished run is printed instead of bars.
     """

@@ -2,7 +2,8 @@
 
     {"description": "...", "defaults": {"epochs": 3, ...}, "tasks": {"mrpc": {"learning_rate": 1e-3, ...}}}
 
-Two come with the package: `default` (rank 16 to 8, three epochs) and `paper` (AdaLoRA's own scripts for DeBERTa-v3-base).
+Two come with the package: `default` (rank 16 to 8, three epochs) and `paper` (AdaLoRA's own scripts for
+DeBERTa-v3-base).
 """
 
 import json
@@ -16,9 +17,9 @@ RECIPES = Path(__file__).parent / "recipes"
 class Recipe:
     """Settings of a training run that depend on the task.
 
-    `scale` is lora_alpha / init_r, so that a different rank keeps the same step size. `tinit`, `tfinal` and `warmup` are
-    optimizer steps if they are integers and fractions of the run if they are below 1. `classifier_dropout` of None leaves
-    the model's own.
+    `scale` is lora_alpha / init_r, so that a different rank keeps the same step size. `tinit`, `tfinal` and
+    `warmup` are optimizer steps if they are integers and fractions of the run if they are below 1.
+    `classifier_dropout` of None leaves the model's own.
     """
 
     epochs: float = 3.0
@@ -62,7 +63,9 @@ class Recipe:
 
 
 def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
-    """The recipe `name` (one of the package, or a path to a JSON file) for `task`; overrides that are None are ignored."""
+    """The recipe `name` (one of the package, or a path to a JSON file) for `task`; overrides that are
+    None are ignored.
+    """
     path = RECIPES / f"{name}.json"
     if not path.is_file():
         path = Path(name).expanduser()

@@ -21,7 +21,9 @@ def load_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def results_table(results: list[dict[str, Any]], *, title: str = "", majority: float | None = None) -> Table:
-    """One row per run; a star marks results on a sample of the official data. `majority` adds the trivial answer."""
+    """One row per run; a star marks results on a sample of the official data. `majority` adds the trivial
+    answer.
+    """
     tasks = {result["task"] for result in results}
     metrics = sorted({result["primary_metric"] for result in results})
     table = Table(

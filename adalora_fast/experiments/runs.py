@@ -1,20 +1,16 @@
 """One run, one folder: settings, measurements, result, adapter and ranks.
 
-A run is written into `.NAME.partial` beside its folder, which takes its name only when everything is in it. So a folder that
-exists is complete, and one that was interrupted is recognised and goes on.
+A run is written into `.NAME.partial` beside its folder, which takes its name only when everything is in it.
+So a folder that exists is complete, and one that was interrupted is recognised and goes on.
 """
 
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from adalora_fast.environment import environment, write_json
 
 from .recipes import Recipe
 
@@ -25,8 +21,8 @@ METHODS = ("adalora", "lora", "head", "full")
 class RunSettings:
     """Everything that decides what a run computes. Two runs with equal settings are the same run.
 
-    `method` is adalora, lora (plain LoRA at the final rank), head (only the classification head) or full (every weight).
-    `smoothing` of None is the score's own default.
+    `method` is adalora, lora (plain LoRA at the final rank), head (only the classification head) or full
+    (every weight). `smoothing` of None is the score's own default.
     """
 
     task: str
@@ -38,7 +34,7 @@ class RunSettings:
     precision: str = "fp32"
     seed: int = 0
     data_dir: str | None = None
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         _require("method", self.method, METHODS)
@@ -124,53 +120,6 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     if folder.path.is_dir() and not folder.is_complete and any(folder.path.iterdir()):
         raise ValueError(f"{folder.path} has no result.json; choose another --output or delete it")
     return folder
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and machine, as far as they can be told."""
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in ("adalora_fast", "torch", "transformers", "peft", "datasets", "numpy", "scikit-learn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            continue
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(Path(__file__).parent),
-        "versions": versions,
-        "machine": {
-            "platform": platform.platform(),
-            "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def git_commit(folder: Path) -> str | None:
-    """The commit of the repository that `folder` is tracked in, with "+changes" if it was edited; None outside of one."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if not git("ls-files", "."):  # an installed copy inside somebody else's repository
-        return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", ".") else commit
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all of it or nothing: to a temporary name first."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """The GLUE tasks as data, and how their rows are read.
 
-Rows come from `DIR/<task>/<split>.parquet` with the column names of `nyu-mll/glue`, or from the hub. Where a whole split
-is absent, `<split>_sample.parquet` is used and the result is marked as a sample.
+Rows come from `DIR/<task>/<split>.parquet` with the column names of `nyu-mll/glue`, or from the hub. Where a
+whole split is absent, `<split>_sample.parquet` is used and the result is marked as a sample.
 """
 
 import math
@@ -19,8 +19,8 @@ HUB_DATASET = "nyu-mll/glue"
 class Task:
     """One GLUE task.
 
-    `labels` are the class names in the order of their codes; a regression task has none. The first of `metrics` is the
-    one by which results are compared; `evaluation` names the splits that are evaluated.
+    `labels` are the class names in the order of their codes; a regression task has none. The first of
+    `metrics` is the one by which results are compared; `evaluation` names the splits that are evaluated.
     """
 
     name: str
@@ -173,7 +173,8 @@ def _read_hub(task: Task, split: str) -> "pyarrow.Table":
         return datasets.load_dataset(task.hub_dataset, task.hub_name or task.name, split=split).data.table
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, offline mode, or nothing cached
         raise FileNotFoundError(
-            f"{task.hub_dataset} ({task.name}, {split}) is not reachable; give a local folder with --data-dir or ADALORA_FAST_DATA"
+            f"{task.hub_dataset} ({task.name}, {split}) is not reachable; give a local folder "
+            "with --data-dir or ADALORA_FAST_DATA"
         ) from error
 
 

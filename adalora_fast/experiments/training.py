@@ -39,8 +39,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Train, evaluate and write the folder `output`; return its result.
 
-    A folder that is already complete is not run again (`load_splits` is then not called), an interrupted one resumes from
-    its last epoch if it was `resumable`.
+    A folder that is already complete is not run again (`load_splits` is then not called), an interrupted one
+    resumes from its last epoch if it was `resumable`.
     """
     folder = open_run(output, settings)
     if folder.is_complete:
@@ -90,7 +90,8 @@ def train_run(
         write_json(folder.working / "ranks.json", {"init_r": settings.recipe.init_r, "ranks": ranks})
         folder.finish(result)
     progress.finish_run(
-        f"{settings.label}: {result['primary_metric']} {result['primary']:.3f}, total rank {result['total_rank']}, "
+        f"{settings.label}: {result['primary_metric']} {result['primary']:.3f}, total rank "
+        f"{result['total_rank']}, "
         f"{result['seconds']:.0f} s"
     )
     return result
@@ -209,7 +210,9 @@ class Recorder(TrainerCallback):
                 file.write(json.dumps(line, default=float) + "\n")
 
     def best_epoch(self, task: Task) -> dict[str, Any] | None:
-        """The epoch with the best primary metric (mean over splits), as papers report it; None without evaluations."""
+        """The epoch with the best primary metric (mean over splits), as papers report it; None without
+        evaluations.
+        """
         by_step: dict[int, dict[str, Any]] = {}
         for line in self.evaluations:
             by_step.setdefault(line["step"], {}).update(line)
