@@ -54,7 +54,7 @@ def train_run(
     data = {name: tokenize(split, tokenizer, settings.recipe.max_length) for name, split in splits.items()}
 
     folder.start()
-    recorder = Recorder(folder, model, settings, progress)
+    recorder = Recorder(folder, settings, progress)
     trainer = build_trainer(model, tokenizer, data, settings, task, folder, recorder, resumable=resumable)
     checkpoint = (
         get_last_checkpoint(folder.checkpoints) if resumable and folder.checkpoints.is_dir() else None
@@ -175,11 +175,8 @@ def _compute(task: Task, outputs: EvalPrediction) -> dict[str, float]:
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, one object per log step or evaluation, and moves the progress bar."""
 
-    def __init__(
-        self, folder: RunFolder, model: Any, settings: RunSettings, progress: TrainingProgress
-    ) -> None:
+    def __init__(self, folder: RunFolder, settings: RunSettings, progress: TrainingProgress) -> None:
         self.path = folder.working / "metrics.jsonl"
-        self.model = model
         self.settings = settings
         self.progress = progress
         self.evaluations: list[dict[str, Any]] = []
@@ -199,8 +196,6 @@ class Recorder(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         line: dict[str, Any] = {"step": state.global_step, **(logs or {})}
-        if self.settings.method == "adalora":
-            line["budget"] = int(self.model.base_model.rankallocator.budget)
         if "loss" in line:
             self.progress.note(f"loss {float(line['loss']):.3f}")
         if any(key.startswith("eval_") for key in line):
