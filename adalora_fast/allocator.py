@@ -15,7 +15,7 @@ from adalora_fast.nn import Factors, adapted_layers
 from adalora_fast.ops import apply_mask_, importance_scores, importance_update_, select_triplets
 from adalora_fast.ops.importance import layout_of, reference
 from adalora_fast.schedule import BudgetSchedule
-from adalora_fast.scores import get_score, resolve_smoothing, statistic_names
+from adalora_fast.scores import get_score, resolve_smoothing, statistic_names, user_signals
 from adalora_fast.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("total", "task")
@@ -85,21 +85,18 @@ class RankAllocator:
             target_total_rank = initial
         elif target_total_rank >= initial:
             raise ValueError(
-                f"the target budget ({target_total_rank} triplets over {len(self._layers)} "
-                "layers) must be smaller than "
-                f"the initial one ({initial}); choose target_r < init_r"
+                f"the target budget ({target_total_rank} triplets over {len(self._layers)} layers) must be "
+                f"smaller than the initial one ({initial}); choose target_r < init_r"
             )
         self._initial, self._target = initial, target_total_rank
         self.set_schedule(tinit=tinit, tfinal=tfinal, deltaT=deltaT, total_step=total_step)
         self._optimizer: torch.optim.Optimizer | None = None
-        self._automatic = False
+        self._automatic = self._optimizer_has_stepped = False
         self._task_gradient = TaskGradient()
-        self._optimizer_has_stepped = False
+        self.keep_whole = False  # whoever ends the run says so with finalize(); the last step alone does not
         self.reset()
         self.is_final = self.is_over = finished
         model.rankallocator = self
-
-    # -- state
 
     def set_schedule(self, *, tinit: int, tfinal: int, deltaT: int, total_step: int) -> None:
         """Replace the schedule (see :class:`BudgetSchedule`, which also says what is refused)."""
@@ -156,8 +153,6 @@ class RankAllocator:
         """A_0, E_0, B_0, A_1, ... (looked up anew each time: a parameter object may be replaced)."""
         return [parameter for factors in self._factors() for parameter in factors]
 
-    # -- one step
-
     @property
     def budget(self) -> int:
         """b(t) of the last step that was taken (b(0) before the first)."""
@@ -188,23 +183,21 @@ class RankAllocator:
         else:
             if t > self.schedule.final_step:
                 _warn(
-                    f"step {self.schedule.final_step}, the final allocation, was missed; it is "
-                    f"made now, at step {t}"
+                    f"step {self.schedule.final_step}, the final allocation, was missed; "
+                    f"it is made now, at step {t}"
                 )
             self._make_final()
         self.t = t + 1
+        self.is_over = self.is_over or (self.t >= self.schedule.total_step and not self.keep_whole)
         self._task_gradient.forget()
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """End the run: if the final budget was not reached, prune to it now, with a warning; later steps keep
-        the mask.
-        """
+        """End the run: where the final budget was not reached, prune to it now, with a warning."""
         if not self.is_final:
             _warn(
-                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the "
-                "final allocation (step "
-                f"{self.schedule.final_step}); it is pruned from {self.budget} to "
+                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the final mask "
+                f"(step {self.schedule.final_step}); it is pruned from {self.budget} to "
                 f"{self.schedule.target} triplets now"
             )
             self._make_final()
@@ -276,32 +269,14 @@ class RankAllocator:
     def _update_user_statistics(self, parameters: list[Tensor], grads: list[Tensor | None]) -> None:
         """A registered score's path: plain PyTorch, one call per shape, and a look at the finite flag."""
         layout = layout_of(parameters, self.score.name)
-        raw, finite = reference.signals(layout, parameters, grads, lambda w, g: g, self._dtype)
-        if not finite:
+        taken = user_signals(self.score, layout, parameters, grads, self._user_state, self._dtype)
+        if taken is None:
             return
-        values, states = [], {}
-        for number, (group, gradient) in enumerate(zip(layout.groups, raw, strict=True)):
-            weights = torch.stack([parameters[i] for i in group.members]).to(self._dtype)
-            prefix = f"{number}."
-            state = {
-                k.removeprefix(prefix): v.clone() for k, v in self._user_state.items() if k.startswith(prefix)
-            }
-            value = self.score.function(weights, gradient, state)
-            if not isinstance(value, Tensor) or value.shape != weights.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"score {self.score.name!r} must return a tensor {tuple(weights.shape)}, got {got}"
-                )
-            if not (4 * value).isfinite().all():  # as for the built-in scores
-                return
-            values.append(value.to(self._dtype))
-            states.update({prefix + key: tensor for key, tensor in state.items()})
-        self._user_state = states
+        values, self._user_state = taken
         alive = torch.tensor([grad is not None for grad in grads], device=self._device)
+        names = self._statistic_names()
         for group, value in zip(layout.groups, values, strict=True):
-            rows = {
-                name: group.view(self._statistics[row]) for row, name in enumerate(self._statistic_names())
-            }
+            rows = {name: group.view(self._statistics[row]) for row, name in enumerate(names)}
             moving = alive[list(group.members)].to(self._dtype).view(-1, 1, 1)
             reference.smooth_(rows, value, self.smoothing, moving, self.beta1, self.beta2)
         self._updates.add_(alive)
@@ -363,8 +338,6 @@ class RankAllocator:
                     + (" (attach() already does: remove the call)" if self._automatic else "")
                 )
         self._optimizer_has_stepped = False
-
-    # -- results and checkpoints
 
     def ranks(self) -> dict[str, int]:
         """Name of every layer and the number of its triplets that are kept. Waits for the device."""

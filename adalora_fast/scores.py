@@ -3,11 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from adalora_fast.ops.importance import SIGNALS, SMOOTHINGS, statistic_names
+from adalora_fast.ops.importance import SIGNALS, SMOOTHINGS, reference, statistic_names
 
-__all__ = ["Score", "get_score", "register_score", "resolve_smoothing", "score_names", "statistic_names"]
+__all__ = [
+    "Score",
+    "get_score",
+    "register_score",
+    "resolve_smoothing",
+    "score_names",
+    "statistic_names",
+    "user_signals",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +115,37 @@ def register_score(
         name=name, smoothing=smoothing, source=source, function=function, min_updates=min_updates
     )
     return _scores[name]
+
+
+def user_signals(
+    score: Score,
+    layout: reference.Layout,
+    parameters: list[Tensor],
+    grads: list[Tensor | None],
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], dict[str, Tensor]] | None:
+    """(I of every group, the functions' new state), or None where a gradient or an I is not finite.
+
+    The functions work on copies of ``state``, so that a step which is dropped leaves no trace in it.
+
+    Raises:
+        ValueError: the function returned something else than a tensor of w's shape.
+    """
+    gradients, finite = reference.signals(layout, parameters, grads, lambda w, g: g, dtype)
+    if not finite:
+        return None
+    values, states = [], {}
+    for number, (group, gradient) in enumerate(zip(layout.groups, gradients, strict=True)):
+        prefix = f"{number}."
+        own = {key.removeprefix(prefix): t.clone() for key, t in state.items() if key.startswith(prefix)}
+        weights = torch.stack([parameters[i] for i in group.members]).to(dtype)
+        value = score.function(weights, gradient, own)
+        if not isinstance(value, Tensor) or value.shape != weights.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"score {score.name!r} must return a tensor {tuple(weights.shape)}, got {got}")
+        if not (4 * value).isfinite().all():  # the room that the built-in scores leave, too
+            return None
+        values.append(value.to(dtype))
+        states.update({prefix + key: tensor for key, tensor in own.items()})
+    return values, states

@@ -135,8 +135,6 @@ class FusedAdaLoraModel(AdaLoraModel):
             **self.allocator_settings,
         )
 
-    # -- checkpoints
-
     def peft_rank_pattern(self) -> dict[str, list[bool]]:
         """The rank pattern under PEFT's keys."""
         adapter = self.trainable_adapter_name

@@ -59,8 +59,6 @@ class AdaLoraCallback(TrainerCallback):
         self.total_step, self.tinit, self.tfinal, self.deltaT = total_step, tinit, tfinal, deltaT
         self.score, self.fuse_options = score, fuse_options
 
-    # -- events
-
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Fuse before the Trainer loads a checkpoint, so that the allocator's state is loaded with it."""
         self._tuner(model)
@@ -77,10 +75,10 @@ class AdaLoraCallback(TrainerCallback):
                 allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
             )
         self._fit_schedule(tuner, state.max_steps)
-        allocator.is_over = False  # checkpoints of a run in progress keep whole tensors
+        allocator.keep_whole = True  # checkpoints of a run in progress keep whole tensors, to the last
+        allocator.is_over = False
         allocator.detach()
         allocator.attach(optimizer, automatic=False)
-        self.last_step = None
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Where the loss was not the model's own (label smoothing), add γ · ∇R to the clipped gradients."""
@@ -125,8 +123,6 @@ class AdaLoraCallback(TrainerCallback):
         if allocator.t == 0 and state.global_step > 0:
             warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
         allocator.finalize()
-
-    # -- parts
 
     def _tuner(self, model: nn.Module) -> FusedAdaLoraModel:
         model = unwrap(model)
