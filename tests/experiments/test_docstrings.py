@@ -1,8 +1,11 @@
 """The docstring corpus: what is read, what is left out, and that the split leaks nothing."""
 
+import hashlib
+import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -163,27 +166,18 @@ def test_nothing_is_executed(tmp_path):
     assert "trap" not in sys.modules
 
 
-def test_nothing_of_the_standard_library_is_imported():
-    code = (
-        "import sys\n"
-        "from adalora_fast.experiments.docstrings import build_corpus\n"
-        "import sysconfig; sysconfig.get_path('stdlib')\n"
-        "before = set(sys.modules)\n"
-        "corpus = build_corpus()\n"
-        "print(sorted(set(sys.modules) - before))\n"
-        "print(len(corpus.train_texts))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    imported = eval(done.stdout.splitlines()[0])
-    # A codec for a source file that declares its encoding, and what sysconfig itself reads, are all there is.
-    assert all(name.startswith(("encodings.", "_sysconfigdata")) for name in imported), imported
-    assert done.stderr == ""  # old escapes in other people's strings are not our warnings
+PROGRESS: list[tuple[int, int]] = []
 
 
 @pytest.fixture(scope="module")
 def standard():
-    return build_corpus()
+    """The corpus of the running Python, read with a progress function."""
+    PROGRESS.clear()
+    return build_corpus(progress=lambda done, total: PROGRESS.append((done, total)))
+
+
+def digest(corpus) -> str:
+    return hashlib.sha256(repr(corpus).encode()).hexdigest()
 
 
 class TestStandardLibrary:
@@ -225,12 +219,35 @@ class TestStandardLibrary:
         assert standard.majority == right / len(standard.test_labels)
         assert 0.18 < standard.majority < 0.30
 
-    def test_same_again_and_progress_reaches_the_end(self, standard):
-        seen = []
-        again = build_corpus(progress=lambda done, total: seen.append((done, total)))
-        assert again == standard
-        total = seen[0][1]
-        assert seen == [(done, total) for done in range(1, total + 1)]
+    def test_progress_reaches_the_end_one_file_at_a_time(self, standard):
+        total = PROGRESS[0][1]
+        assert total > 100
+        assert PROGRESS == [(done, total) for done in range(1, total + 1)]
+
+    def test_another_process_reads_the_same_and_imports_nothing(self, standard):
+        code = (
+            "import hashlib, sys, sysconfig\n"
+            "from adalora_fast.experiments.docstrings import build_corpus\n"
+            "sysconfig.get_path('stdlib')\n"
+            "before = set(sys.modules)\n"
+            "corpus = build_corpus()\n"
+            "print(*sorted(set(sys.modules) - before))\n"
+            "print(hashlib.sha256(repr(corpus).encode()).hexdigest())\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"PYTHONHASHSEED": "7"},  # the order of sets must not matter
+            cwd=Path(__file__).parents[2],
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""  # old escapes in other people's strings are not our warnings
+        imported, same = done.stdout.splitlines()
+        assert same == digest(standard)
+        # All there is: codecs of source files that declare an encoding, and what sysconfig itself reads.
+        assert all(name.startswith(("encodings.", "_sysconfigdata")) for name in imported.split()), imported
 
     def test_version(self, standard):
         assert standard.python_version == sys.version.split()[0].rstrip("+")

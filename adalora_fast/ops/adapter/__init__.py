@@ -171,8 +171,8 @@ def _delta_gradient(ctx, grad, run):
 def _differentiable(name: str, forward, save, gradient):
     """Register the gradient of op ``name`` and return the function that runs it.
 
-    A traced call is the op. An eager call goes around the dispatcher: through it the Python part of a forward
-    and backward costs a multiple (docs/performance.md), and a model makes dozens of calls per step.
+    A traced call is the op. An eager call goes around the dispatcher, whose part of a small layer's time is
+    large (docs/performance.md): a model makes dozens of calls per step.
     """
 
     def setup_context(ctx, inputs, output):
@@ -215,7 +215,7 @@ refuse_second_order("adapter_backward")
 
 def _check(
     x: Tensor,
-    base: dict[str, Tensor | None],
+    base: tuple[tuple[str, Tensor], ...],
     out_features: int,
     lora_A: Tensor,
     lora_E: Tensor,
@@ -235,15 +235,12 @@ def _check(
     if x.dim() == 0 or x.shape[-1] != in_features:
         has = "no dimension" if x.dim() == 0 else f"{x.shape[-1]} features"
         raise ValueError(f"x has {has}, lora_A takes {in_features}; x must be [..., {in_features}]")
-    for name, tensor in {"x": x, **base, "lora_A": lora_A, "lora_E": lora_E, "lora_B": lora_B}.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} and {name} on {tensor.device}; move one of them with .to()")
+    device = x.device
+    for name, tensor in (*base, ("x", x), ("lora_A", lora_A), ("lora_E", lora_E), ("lora_B", lora_B)):
+        if tensor.device != device:
+            raise ValueError(f"x is on {device} and {name} on {tensor.device}; move one of them with .to()")
         if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} is {tensor.dtype}; the adapter takes floating-point tensors, cast it first"
-            )
+            raise TypeError(f"{name} is {tensor.dtype}; the adapter takes floating point, cast it first")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     if precision not in PRECISIONS:
@@ -293,7 +290,7 @@ def adalora_linear(
         raise ValueError(
             f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} must be (out,) and (out, in)"
         )
-    base = {"weight": weight, "bias": bias}
+    base = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
     _check(x, base, weight.shape[0], lora_A, lora_E, lora_B, dropout_p, precision)
     device_type = x.device.type
     if autocast_is_on(device_type) and x.dtype != torch.float64:
@@ -340,7 +337,7 @@ def adalora_delta_(
     """
     if result.dim() == 0:
         raise ValueError("result is a scalar; it must be the base layer's output [..., out]")
-    _check(x, {"result": result}, result.shape[-1], lora_A, lora_E, lora_B, dropout_p, precision)
+    _check(x, (("result", result),), result.shape[-1], lora_A, lora_E, lora_B, dropout_p, precision)
     if x.shape[:-1] != result.shape[:-1]:
         raise ValueError(
             f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
