@@ -18,7 +18,7 @@ class FusedSVDLinear(SVDLinear):
     trained_adapter: str | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """The base layer plus every active adapter (arXiv 2303.10512, eq. 1; c = lora_alpha / (ranknum + 1e-5))."""
+        """The base layer plus every active adapter, scaled by lora_alpha / (ranknum + 1e-5)."""
         names = [name for name in self.active_adapters if name in self.lora_A and self.r[name] > 0]
         if self.disable_adapters or self.merged or not names or args or kwargs:
             return super().forward(x, *args, **kwargs)
