@@ -60,8 +60,8 @@ class Train:
     """ema_uncertainty, ema, sum or none (default: the score's own)."""
     score_gradient: str = "total"
     """total (as PEFT does), or task (without the orthogonality term)."""
-    recipe: str = "default"
-    """default, paper, or the path of a JSON file; the flags below override it."""
+    recipe: str | None = None
+    """default, paper, minilm, or the path of a JSON file; the flags below override it."""
     init_r: int | None = None
     """Rank at the start."""
     target_r: int | None = None

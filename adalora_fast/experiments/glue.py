@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .models import resolve_model
 from .progress import TrainingProgress
-from .recipes import load_recipe
+from .recipes import load_recipe, recipe_for
 from .report import results_table
 from .runs import RunSettings, open_run
 from .tasks import Split, Task, get_task, load_split
@@ -21,7 +21,7 @@ def run_glue(
     model: str,
     data_dir: Path | None,
     output: Path | None,
-    recipe: str,
+    recipe: str | None,
     overrides: dict[str, Any],
     options: dict[str, Any],
     console: Console,
@@ -34,7 +34,7 @@ def run_glue(
         task=task.name,
         model=model,
         data_dir=None if data_dir is None else str(data_dir),
-        recipe=load_recipe(recipe, task.name, **overrides),
+        recipe=load_recipe(recipe or recipe_for(model), task.name, **overrides),
         **options,
     )
     check_score(settings)

@@ -2,8 +2,8 @@
 
     {"description": "...", "defaults": {"epochs": 3, ...}, "tasks": {"mrpc": {"learning_rate": 1e-3, ...}}}
 
-Two come with the package: `default` (rank 16 to 8, three epochs) and `paper` (AdaLoRA's own scripts for
-DeBERTa-v3-base).
+Three come with the package: `default` (rank 16 to 8, three epochs), `minilm` (the packaged encoder, longer) and
+`paper` (AdaLoRA's own scripts for DeBERTa-v3-base).
 """
 
 import json
@@ -60,6 +60,11 @@ class Recipe:
             raise ValueError(
                 f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r"
             )
+
+
+def recipe_for(model: str) -> str:
+    """The recipe of a model for which none is asked for."""
+    return "minilm" if model == "minilm" else "default"
 
 
 def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
