@@ -2,7 +2,7 @@
 
     {"description": "...", "defaults": {"epochs": 3, ...}, "tasks": {"mrpc": {"learning_rate": 1e-3, ...}}}
 
-Three come with the package: `default` (rank 16 to 8, three epochs), `minilm` (the packaged encoder, longer) and
+Three come with the package: `default` (rank 16 to 8, three epochs), `minilm` (for the packaged encoder) and
 `paper` (AdaLoRA's own scripts for DeBERTa-v3-base).
 """
 

@@ -124,7 +124,9 @@ def test_an_unknown_family_is_refused(tmp_path):
 
 
 def test_a_model_out_of_reach(monkeypatch):
-    with pytest.raises(FileNotFoundError, match="model 'nobody/nothing' is not reachable; give --model minilm"):
+    with pytest.raises(
+        FileNotFoundError, match="model 'nobody/nothing' is not reachable; give --model minilm"
+    ):
         load_encoder(settings(model="nobody/nothing"), TASKS["sst2"])
 
 

@@ -146,7 +146,7 @@ def test_split_is_by_the_hash_of_the_text_alone(library):
 
 @pytest.mark.parametrize(("n_modules", "minimum_texts"), [(5, 1), (4, 10)])
 def test_too_little_is_refused(library, n_modules, minimum_texts):
-    with pytest.raises(FileNotFoundError, match="only 9 usable docstrings in 4 modules below .*; use a Pyth"):
+    with pytest.raises(FileNotFoundError, match=r"only 9 usable docstrings in 4 modules below .*; use a Pyth"):
         build(library, n_modules=n_modules, minimum_texts=minimum_texts)
 
 
@@ -222,7 +222,7 @@ class TestStandardLibrary:
     def test_progress_reaches_the_end_one_file_at_a_time(self, standard):
         total = PROGRESS[0][1]
         assert total > 100
-        assert PROGRESS == [(done, total) for done in range(1, total + 1)]
+        assert [(done, total) for done in range(1, total + 1)] == PROGRESS
 
     def test_another_process_reads_the_same_and_imports_nothing(self, standard):
         code = (

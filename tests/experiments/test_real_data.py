@@ -38,7 +38,9 @@ MAJORITY = {"cola": 721 / 1043, "sst2": 444 / 872, "mrpc": 279 / 408, "rte": 146
 
 
 def test_every_split_that_a_run_reads_is_listed():
-    assert set(ROWS) == {(name, split) for name, task in TASKS.items() for split in ("train", *task.evaluation)}
+    assert set(ROWS) == {
+        (name, split) for name, task in TASKS.items() for split in ("train", *task.evaluation)
+    }
 
 
 @pytest.mark.parametrize(("name", "split"), ROWS)

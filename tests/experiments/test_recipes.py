@@ -71,9 +71,18 @@ def test_packaged_recipes_name_only_tasks_that_exist():
 @pytest.mark.parametrize(
     ("task", "expected"),
     [  # AdaLoRA's scripts: alpha 16 or 32 with init_r 3 or 2
-        ("mnli", {"init_r": 3, "target_r": 1, "tinit": 8000, "tfinal": 50000, "learning_rate": 5e-4, "alpha": 16}),
-        ("cola", {"init_r": 3, "target_r": 1, "tinit": 800, "tfinal": 3500, "learning_rate": 8e-4, "alpha": 32}),
-        ("mrpc", {"init_r": 2, "target_r": 1, "tinit": 600, "tfinal": 1800, "learning_rate": 1e-3, "alpha": 32}),
+        (
+            "mnli",
+            {"init_r": 3, "target_r": 1, "tinit": 8000, "tfinal": 50000, "learning_rate": 5e-4, "alpha": 16},
+        ),
+        (
+            "cola",
+            {"init_r": 3, "target_r": 1, "tinit": 800, "tfinal": 3500, "learning_rate": 8e-4, "alpha": 32},
+        ),
+        (
+            "mrpc",
+            {"init_r": 2, "target_r": 1, "tinit": 600, "tfinal": 1800, "learning_rate": 1e-3, "alpha": 32},
+        ),
     ],
 )
 def test_the_paper_recipe(task, expected):
@@ -119,7 +128,9 @@ def test_what_is_not_json(tmp_path, content):
 def test_an_unknown_setting(tmp_path, place):
     wrong = {"learning_rte": 1.0}
     content = {"defaults": wrong} if place == "defaults" else {"tasks": {"mrpc": wrong}}
-    with pytest.raises(ValueError, match="unknown setting 'learning_rte'; choose from epochs, learning_rate,"):
+    with pytest.raises(
+        ValueError, match="unknown setting 'learning_rte'; choose from epochs, learning_rate,"
+    ):
         load_recipe(write(tmp_path, content), "mrpc")
 
 

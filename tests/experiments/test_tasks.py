@@ -23,13 +23,18 @@ def test_the_nine_tasks():
     assert set(TASKS) == {"cola", "sst2", "mrpc", "rte", "qnli", "qqp", "wnli", "stsb", "mnli"}
     assert all(get_task(name).name == name for name in TASKS)
     assert {name for name, task in TASKS.items() if task.is_regression} == {"stsb"}
-    assert {name: task.num_labels for name, task in TASKS.items() if task.num_labels != 2} == {"stsb": 1, "mnli": 3}
+    assert {name: task.num_labels for name, task in TASKS.items() if task.num_labels != 2} == {
+        "stsb": 1,
+        "mnli": 3,
+    }
     assert TASKS["cola"].metrics[0] == "matthews" and TASKS["stsb"].metrics[0] == "pearson_spearman"
     assert TASKS["mnli"].evaluation == ("validation_matched", "validation_mismatched")
 
 
 def test_an_unknown_task_names_all_of_them():
-    with pytest.raises(ValueError, match="unknown task 'squid'; choose one of mrpc, sst2, cola, rte, qnli, qqp"):
+    with pytest.raises(
+        ValueError, match="unknown task 'squid'; choose one of mrpc, sst2, cola, rte, qnli, qqp"
+    ):
         get_task("squid")
 
 
@@ -69,7 +74,9 @@ def test_mnli_matched_and_mismatched(tmp_path):
 
 def test_a_file_of_another_split_is_not_taken(tmp_path):
     write(tmp_path, "validation_from_train_sample", "mnli", premise=["p"], hypothesis=["h"], label=[0])
-    with pytest.raises(FileNotFoundError, match=r"no validation_matched\.parquet or validation_matched_sample"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no validation_matched\.parquet or validation_matched_sample"
+    ):
         load_split(TASKS["mnli"], "validation_matched", tmp_path)
 
 
@@ -114,7 +121,7 @@ def test_the_highest_label_of_three(tmp_path):
 @pytest.mark.parametrize("label", [None, float("nan"), float("inf")])
 def test_a_score_that_is_no_number(tmp_path, label):
     write(tmp_path, "train", "stsb", sentence1=["a", "b"], sentence2=["a", "b"], label=[1.0, label])
-    with pytest.raises(ValueError, match="row 1: label .* is not a finite number"):
+    with pytest.raises(ValueError, match=r"row 1: label .* is not a finite number"):
         load_split(TASKS["stsb"], "train", tmp_path)
 
 
@@ -156,7 +163,9 @@ def test_what_is_not_parquet(tmp_path, content):
     path = tmp_path / "sst2" / "train.parquet"
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.parquet is not readable parquet \(.+\); write it again") as error:
+    with pytest.raises(
+        ValueError, match=r"train\.parquet is not readable parquet \(.+\); write it again"
+    ) as error:
         load_split(SST2, "train", tmp_path)
     assert "\n" not in str(error.value)
 
@@ -177,7 +186,9 @@ def test_the_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match="nyu-mll/glue .* not reachable; give a local folder with --data-dir"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nyu-mll/glue .* not reachable; give a local folder with --data-dir"
+    ):
         load_split(SST2, "train", None)
     assert asked == [(("nyu-mll/glue", "sst2"), {"split": "train"})]
 

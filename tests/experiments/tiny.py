@@ -1,4 +1,4 @@
-"""A tiny encoder and a tiny task, made on the spot: words that decide the label, so that there is something to learn."""
+"""A tiny encoder and a tiny task, made on the spot; some words decide the label."""
 
 import io
 import random
@@ -13,7 +13,15 @@ TOPICS = (("moon", "star", "comet", "orbit"), ("bread", "soup", "apple", "onion"
 FILLERS = ("the", "a", "old", "new", "big", "small", "near", "far", "warm", "cold")
 WIDTH, LAYERS = 32, 2
 RECIPE = Recipe(
-    epochs=2, learning_rate=5e-3, batch_size=8, max_length=16, init_r=4, target_r=2, deltaT=2, tinit=2, tfinal=4
+    epochs=2,
+    learning_rate=5e-3,
+    batch_size=8,
+    max_length=16,
+    init_r=4,
+    target_r=2,
+    deltaT=2,
+    tinit=2,
+    tfinal=4,
 )
 
 
