@@ -146,7 +146,9 @@ def test_split_is_by_the_hash_of_the_text_alone(library):
 
 @pytest.mark.parametrize(("n_modules", "minimum_texts"), [(5, 1), (4, 10)])
 def test_too_little_is_refused(library, n_modules, minimum_texts):
-    with pytest.raises(FileNotFoundError, match=r"only 9 usable docstrings in 4 modules below .*; use a Pyth"):
+    with pytest.raises(
+        FileNotFoundError, match=r"only 9 usable docstrings in 4 modules below .*; use a Pyth"
+    ):
         build(library, n_modules=n_modules, minimum_texts=minimum_texts)
 
 
@@ -158,7 +160,7 @@ def test_missing_sources_are_refused(tmp_path):
 def test_nothing_is_executed(tmp_path):
     witness = tmp_path / "witness"
     (tmp_path / "trap.py").write_text(
-        f'open({str(witness)!r}, "w")\nraise SystemExit\n\ndef f():\n    """A docstring behind a trap door."""\n'
+        f'open({str(witness)!r}, "w")\nraise SystemExit\n\ndef f():\n    """A docstring behind a trap."""\n'
     )
     corpus = build(tmp_path, n_modules=1)
     assert list(all_texts(corpus).values()) == ["trap"]

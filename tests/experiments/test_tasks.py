@@ -127,7 +127,7 @@ def test_a_score_that_is_no_number(tmp_path, label):
 
 @pytest.mark.parametrize(("task", "column"), [("stsb", "label"), ("sst2", "label")])
 def test_truth_values_are_no_labels(tmp_path, task, column):
-    """`true` counts as 1 in Python; a column of them is a mistake, and fails in the metrics of a regression."""
+    """`true` counts as 1 in Python; a column of them is a mistake, and a correlation fails on it."""
     columns = {name: ["a", "b"] for name in TASKS[task].text_columns}
     write(tmp_path, "train", task, **columns, label=[True, False])
     with pytest.raises(ValueError, match="row 0: label True is not"):

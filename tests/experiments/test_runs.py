@@ -1,0 +1,174 @@
+"""Run folders: complete or not there, never half."""
+
+import json
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+
+from adalora_fast.experiments import runs
+from adalora_fast.experiments.recipes import Recipe
+from adalora_fast.experiments.runs import RunSettings, open_run
+
+SETTINGS = RunSettings(task="sst2", model="tiny")
+OTHER = {
+    "task": "rte", "model": "other", "method": "lora", "score": "fisher", "smoothing": "sum",
+    "score_gradient": "task", "precision": "bf16", "seed": 1, "data_dir": "/data", "recipe": Recipe(epochs=9),
+}  # fmt: skip
+
+
+def complete(path, settings=SETTINGS, result=None):
+    folder = open_run(path, settings)
+    folder.start()
+    folder.finish(result or {"primary": 0.5})
+    return folder
+
+
+def names(path):
+    return sorted(item.name for item in path.iterdir())
+
+
+def test_labels():
+    labels = {"adalora": "sensitivity", "lora": "lora-r8", "head": "head-only", "full": "full"}
+    assert {method: replace(SETTINGS, method=method).label for method in runs.METHODS} == labels
+
+
+@pytest.mark.parametrize("name", ["method", "score_gradient", "precision"])
+def test_unknown_choices(name):
+    with pytest.raises(ValueError, match=f"unknown {name} 'nope'; choose one of "):
+        RunSettings(task="sst2", model="tiny", **{name: "nope"})
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        SETTINGS.seed = 1
+
+
+def test_a_new_folder_appears_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "run"
+    folder = open_run(path, SETTINGS)
+    assert not folder.is_complete and not path.parent.exists()  # looking writes nothing
+    folder.start()
+    assert names(path.parent) == [".run.partial"] and names(folder.working) == ["config.json"]
+    folder.checkpoints.mkdir()
+    folder.finish({"primary": 0.5})
+    assert names(path.parent) == ["run"] and names(path) == ["config.json", "result.json"]
+    again = open_run(path, SETTINGS)
+    assert again.is_complete and again.result == {"primary": 0.5}
+
+
+def test_config_holds_settings_and_environment(tmp_path):
+    config = json.loads((complete(tmp_path / "run").path / "config.json").read_text())
+    assert config["settings"] == json.loads(json.dumps(asdict(SETTINGS)))
+    assert {"started", "commit", "versions", "machine", "command"} <= set(config["environment"])
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(RunSettings)])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_by_name(tmp_path, name, finished):
+    path = tmp_path / "run"
+    if finished:
+        complete(path)
+    else:
+        open_run(path, SETTINGS).start()
+    with pytest.raises(ValueError) as error:
+        open_run(path, replace(SETTINGS, **{name: OTHER[name]}))
+    setting, value = ("recipe.epochs", 9) if name == "recipe" else (name, OTHER[name])
+    assert f"holds a run with {setting} = " in str(error.value)
+    assert f"and {value!r} was asked for; choose another --output or delete it" in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert open_run(path, SETTINGS).is_complete is finished  # the refused one left it as it was
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Recipe)])
+def test_every_setting_of_the_recipe_counts(tmp_path, name):
+    complete(tmp_path / "run")
+    value = 4 if name in ("target_r", "classifier_dropout") else getattr(SETTINGS.recipe, name) * 2
+    with pytest.raises(ValueError, match=rf"holds a run with recipe\.{name} = "):
+        open_run(tmp_path / "run", replace(SETTINGS, recipe=replace(SETTINGS.recipe, **{name: value})))
+
+
+def test_an_interrupted_run_is_taken_over_with_its_config(tmp_path):
+    folder = open_run(tmp_path / "run", SETTINGS)
+    folder.start()
+    before = (folder.working / "config.json").read_text()
+    (folder.working / "metrics.jsonl").write_text("{}\n")
+    again = open_run(tmp_path / "run", SETTINGS)
+    again.start()
+    assert not again.is_complete
+    assert (again.working / "config.json").read_text() == before
+    assert names(again.working) == ["config.json", "metrics.jsonl"]
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "run").write_text("something")
+    with pytest.raises(ValueError, match=r"run exists and is not a run; choose another --output"):
+        open_run(tmp_path / "run", SETTINGS)
+    assert (tmp_path / "run").read_text() == "something"
+
+
+def test_a_folder_of_something_else_in_the_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letters.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"run exists and is not a run; choose another --output"):
+        open_run(tmp_path / "run", SETTINGS)
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "bert"}', "[]", "{", ""])
+def test_a_folder_with_some_other_config_in_the_way(tmp_path, content):
+    """Models, among others, have a config.json too."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.* not a run; choose another --output"):
+        open_run(tmp_path / "run", SETTINGS)
+
+
+def test_a_run_without_a_result_in_the_way(tmp_path):
+    folder = complete(tmp_path / "run")
+    (folder.path / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"has no result\.json; choose another --output or delete it"):
+        open_run(tmp_path / "run", SETTINGS)
+
+
+def test_an_empty_folder_is_not_in_the_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert complete(tmp_path / "run").is_complete
+
+
+@pytest.mark.parametrize("call", ["mkdir", "write_json"])
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, call):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    folder = open_run(tmp_path / "run", SETTINGS)
+    if call == "mkdir":
+        monkeypatch.setattr(runs.Path, "mkdir", refuse)
+    else:
+        monkeypatch.setattr(runs, "write_json", refuse)
+    with pytest.raises(PermissionError) as error:
+        folder.start()
+    expected = f"cannot write to {tmp_path / 'run'} (Permission denied); choose another --output"
+    assert str(error.value) == expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .*; choose another --output"):
+        open_run(tmp_path / "file" / "run", SETTINGS).start()
+
+
+def test_a_run_that_fails_at_the_last_moment_is_not_complete(tmp_path, monkeypatch):
+    folder = open_run(tmp_path / "run", SETTINGS)
+    folder.start()
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.finish({"primary": 0.5})
+    assert names(tmp_path) == [".run.partial"]
+    assert not open_run(tmp_path / "run", SETTINGS).is_complete
+    monkeypatch.undo()
+    open_run(tmp_path / "run", SETTINGS).finish({"primary": 0.25})
+    assert open_run(tmp_path / "run", SETTINGS).result == {"primary": 0.25}

@@ -1,0 +1,354 @@
+"""The command line: whole commands, and one line and exit code 2 for every mistake of the user."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adalora_fast import cli
+from tests.experiments.tiny import save_encoder, write_parquet, write_sst2
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "max_length": 16, "init_r": 4, "target_r": 2}
+SETTINGS |= {"tinit": 2, "tfinal": 4, "deltaT": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model (bert), data (data) and a recipe (recipe.json)."""
+    root = tmp_path_factory.mktemp("place")
+    save_encoder(root / "bert")
+    write_sst2(root / "data")
+    (root / "recipe.json").write_text(json.dumps({"defaults": SETTINGS}))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(place, tmp_path, monkeypatch):
+    """Commands run in a folder of their own, without a network."""
+    for name in ("bert", "data", "recipe.json"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    if "huggingface_hub" in sys.modules:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    if "transformers" in sys.modules:  # imported by an earlier test, so that the variables come too late
+        monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.delenv("ADALORA_FAST_DATA", raising=False)
+    monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *arguments, **options: None)
+    return tmp_path
+
+
+def train(*more, **changes):
+    """Arguments of a run that works, changed; None leaves one out."""
+    options = {
+        "task": "sst2",
+        "model": "./bert",
+        "data-dir": "data",
+        "recipe": "recipe.json",
+        "output": "out",
+    }
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    given = [[f"--{name}", str(value)] for name, value in options.items() if value is not None]
+    return ["train", *(word for pair in given for word in pair), *map(str, more)]
+
+
+def run(capsys, arguments):
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, arguments):
+    """The one line that says what is wrong."""
+    code, _, err = run(capsys, arguments)
+    assert code == 2, err
+    line = err.splitlines()[-1]
+    assert err == line + "\n" and line.startswith("adalora-fast: ")
+    assert "Traceback" not in err
+    return line
+
+
+def left_behind(folder):
+    return sorted({path.name for path in folder.iterdir()} - {"bert", "data", "recipe.json"})
+
+
+def test_train_again_and_report(capsys, here):
+    code, out, err = run(capsys, train(score="fisher"))
+    assert code == 0
+    assert "fisher: accuracy " in out and "total rank 24" in out and f"run  {here / 'out'}" in out
+    assert "validation: accuracy " in out
+    result = json.loads((here / "out" / "result.json").read_text())
+    before = (here / "out" / "result.json").stat().st_mtime_ns
+    code, out, err = run(capsys, train(score="fisher"))
+    assert code == 0 and "already complete in" in out and err == ""
+    assert (here / "out" / "result.json").stat().st_mtime_ns == before
+    code, out, err = run(capsys, ["report", "."])
+    assert code == 0 and "fisher" in out and f"{result['primary']:.3f}" in out and err == ""
+
+
+def test_flags_reach_the_run(here, capsys):
+    flags = ["--init-r", "6", "--target-r", "3", "--lr", "0.002", "--epochs", "3", "--seed", "5"]
+    flags += ["--score", "movement", "--smoothing", "sum", "--score-gradient", "task"]
+    assert cli.main(train(*flags, output=None)) == 0
+    (folder,) = (here / "runs" / "sst2").iterdir()
+    assert folder.name == "bert-movement-seed5"  # runs/<task>/<model>-<method>-seed<seed>
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    expected = {
+        "score": "movement",
+        "smoothing": "sum",
+        "score_gradient": "task",
+        "seed": 5,
+        "method": "adalora",
+    }
+    assert {name: settings[name] for name in expected} == expected
+    recipe = SETTINGS | {"init_r": 6, "target_r": 3, "learning_rate": 0.002, "epochs": 3}
+    assert {name: settings["recipe"][name] for name in recipe} == recipe
+
+
+def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
+    monkeypatch.setenv("ADALORA_FAST_DATA", str(here / "data"))
+    assert cli.main(train("--method", "head", data_dir=None)) == 0
+    monkeypatch.setenv("ADALORA_FAST_DATA", "/no/such/folder")
+    assert cli.main(train("--method", "head", output="other")) == 0  # the flag goes before it
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "squid"}, "unknown task 'squid'; choose one of mrpc"),
+        ({"task": "mrpc"}, "no train.parquet or train_sample.parquet in data/mrpc; check --data-dir"),
+        ({"data_dir": "/no/such/folder"}, "no train.parquet or train_sample.parquet in /no/such/folder/sst2"),
+        (
+            {"data_dir": None},
+            "nyu-mll/glue (sst2, train) is not reachable; give a local folder with --data-dir",
+        ),
+        ({"model": "./nowhere"}, "no model folder at nowhere; check --model"),
+        ({"model": "/no/such/model"}, "no model folder at /no/such/model; check --model"),
+        ({"model": "data/"}, "has no config.json; give a folder written by save_pretrained"),
+        ({"recipe": "nope"}, "no recipe 'nope'; choose default, "),
+        ({"data_dir": "two\nlines"}, "no train.parquet or train_sample.parquet in two lines/sst2"),
+        ({"method": "prefix"}, "unknown method 'prefix'; choose one of adalora, lora, head, full"),
+        ({"score": "luck"}, "score 'luck' is not one of"),
+        ({"smoothing": "much"}, "smoothing 'much' is not one of"),
+        ({"score_gradient": "some"}, "unknown score_gradient 'some'; choose one of total, task"),
+        ({"target_r": 9}, "target_r (9) is larger than init_r (4); raise init_r"),
+        ({"epochs": 0}, "epochs is 0.0; it must be greater than 0"),
+        ({"learning_rate": -1}, "learning_rate is -1.0; it must be greater than 0"),
+    ],
+)
+def test_mistakes_before_anything_is_written(capsys, here, changes, words):
+    assert words in refused(capsys, train(**changes))
+    assert left_behind(here) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "nobody/nothing"}, "the model 'nobody/nothing' is not reachable; give --model minilm"),
+        ({"epochs": 0.2}, "tinit (2) + tfinal (4) must be smaller than total_step (1); shorten the schedule"),
+    ],
+)
+def test_mistakes_found_while_a_run_is_set_up(capsys, here, changes, words):
+    assert words in refused(capsys, train(**changes))
+    assert left_behind(here) == []  # nothing was trained, so there is nothing to go on with
+
+
+def test_corrected_after_a_mistake(capsys, here):
+    """What was asked for wrongly does not stand in the way of the right command."""
+    refused(capsys, train(model="nobody/nothing"))
+    assert cli.main(train("--method", "head")) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"defaults": {"epochz": 1}}', '{"defaults": {"epochs": "3"}}']
+)
+def test_wrong_recipes(capsys, here, content):
+    (here / "mine.json").write_text(content)
+    assert "mine.json" in refused(capsys, train(recipe="mine.json")) or "epochs" in content
+    (here / "mine.json").unlink()
+    assert left_behind(here) == []
+
+
+def test_wrong_data(capsys, here):
+    write_parquet(here / "other" / "sst2" / "train.parquet", text=["a"], label=[0])
+    line = refused(capsys, train(data_dir="other"))
+    assert (
+        "train.parquet has no column 'sentence' (it has text, label); rename its columns to sentence, label"
+        in line
+    )
+    write_parquet(here / "other" / "sst2" / "train.parquet", sentence=["a", "b"], label=[0, 2])
+    assert "train.parquet row 1: label 2 is not an integer from 0 to 1" in refused(
+        capsys, train(data_dir="other")
+    )
+    (here / "other" / "sst2" / "train.parquet").write_bytes(b"no parquet")
+    assert "is not readable parquet" in refused(capsys, train(data_dir="other"))
+    assert left_behind(here) == ["other"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "model"])
+def test_something_in_the_way(capsys, here, kind):
+    if kind == "file":
+        (here / "out").write_text("mine")
+    else:
+        (here / "out").mkdir()
+        (here / "out" / ("config.json" if kind == "model" else "letter.txt")).write_text("{}")
+    assert "not a run; choose another --output" in refused(capsys, train())
+    assert left_behind(here) == ["out"]
+
+
+def test_another_run_in_the_way(capsys, here):
+    assert cli.main(train("--method", "head")) == 0
+    capsys.readouterr()
+    assert "holds a run with seed = 0, and 1 was asked for" in refused(
+        capsys, train("--seed", "1", method="head")
+    )
+
+
+def test_another_spelling_of_the_same_folders_is_the_same_run(capsys, here):
+    assert cli.main(train("--method", "head")) == 0
+    capsys.readouterr()
+    again = train("--method", "head", data_dir=here / "data", model=here / "bert")
+    code, out, err = run(capsys, again)
+    assert code == 0 and "already complete" in out, err
+
+
+def test_a_place_that_cannot_be_written(capsys, here, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("adalora_fast.experiments.runs.Path.mkdir", refuse)
+    line = refused(capsys, train())
+    assert f"cannot write to {here / 'out'} (Permission denied); choose another --output" in line
+
+
+@pytest.mark.parametrize("folder", [".", "nowhere", "data"])
+def test_report_without_runs(capsys, here, folder):
+    assert f"no complete run below {folder}; give the folder that holds them" in refused(
+        capsys, ["report", folder]
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"loss": 0.1}'])
+def test_report_of_a_foreign_result(capsys, here, content):
+    (here / "theirs").mkdir()
+    (here / "theirs" / "result.json").write_text(content)
+    assert "result.json" in refused(capsys, ["report", "theirs"])
+
+
+def test_brackets_in_a_path_are_shown(capsys, here):
+    code, out, _ = run(capsys, train("--method", "head", output="a[b]/c"))
+    assert code == 0 and f"run  {here}/a[b]/c" in out
+
+
+def test_demo_passes_its_flags_on(monkeypatch, here):
+    from adalora_fast.experiments import demo
+
+    seen = []
+    monkeypatch.setattr(demo, "run_demo", lambda **options: seen.append(options))
+    for arguments in ([], ["--fast"], ["--fast", "--seed", "3", "--output", "there"]):
+        assert cli.main(["demo", *arguments]) == 0
+    assert [(o["output"], o["fast"], o["seed"]) for o in seen] == [
+        (Path("runs/demo"), False, 0),
+        (Path("runs/demo-fast"), True, 0),
+        (Path("there"), True, 3),
+    ]
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    """Only what this package says itself is shown as one line."""
+
+    def fail(*arguments, **options):
+        return int("three")
+
+    monkeypatch.setattr("adalora_fast.experiments.demo.run_demo", fail)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["demo"])
+
+
+def test_an_interruption(monkeypatch, capsys):
+    def stop(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adalora_fast.experiments.demo.run_demo", stop)
+    code, _, err = run(capsys, ["demo"])
+    assert code == 130 and err == "adalora-fast: interrupted; the same command goes on\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nope"], ["train"], ["train", "--task", "sst2", "--epochs", "many"]]
+)
+def test_wrong_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and captured.err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["report"]])
+def test_help_names_every_flag_and_there_are_fewer_than_fifteen(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    if not command:
+        assert all(name in shown for name in cli.COMMANDS)
+        return
+    fields = [name for name in cli.COMMANDS[command[0]].__dataclass_fields__ if name != "folder"]
+    assert len(fields) < 15
+    assert all(f"--{name.replace('_', '-')}" in shown for name in fields)
+
+
+def in_a_process(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_answers_at_once():
+    """Nothing heavy is imported to print it."""
+    code = (
+        "import sys\n"
+        "from adalora_fast.cli import main\n"
+        "try:\n    main(['train', '--help'])\n"
+        "except SystemExit as stop:\n    print('code', stop.code)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'matplotlib', 'datasets'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    returned, out, err = in_a_process(code)
+    assert returned == 0, err
+    assert out.splitlines()[-2:] == ["code 0", "[]"]
+
+
+def test_a_run_is_silent_on_stderr(here):
+    """As a user runs it, with no library loaded before: neither bars nor reports nor warnings of others."""
+    done = subprocess.run(
+        [sys.executable, "-m", "adalora_fast", *train("--method", "lora")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY")
+        }
+        | {"PYTHONPATH": str(ROOT)},
+        cwd=here,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("lora-r2: accuracy ")
