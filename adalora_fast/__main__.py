@@ -2,15 +2,21 @@
 
 import sys
 
-import torch
-
 import adalora_fast
 from adalora_fast.environment import package_versions
-from adalora_fast.ops import backend
 
 
 def report() -> str:
-    """The support report, as text."""
+    """The support report, as text.
+
+    Raises:
+        ValueError: ``ADALORA_FAST_BACKEND`` names no backend.
+    """
+    import torch
+
+    from adalora_fast.ops import backend
+
+    backend.wanted()
     lines = [f"adalora_fast {adalora_fast.__version__}", ""]
     lines += [
         f"  {name:14}{version}" for name, version in package_versions().items() if name != "adalora_fast"
@@ -25,7 +31,11 @@ def report() -> str:
     for device_type in ("cpu", "cuda"):
         lines.append(f"on {device_type}" + ("" if device_type == "cpu" or cuda else " (if there were one)"))
         for op in backend.OPS:
-            choice = backend.choose(op, device_type)
+            try:
+                choice = backend.choose(op, device_type)
+            except ValueError as error:  # the backend that is forced does not run here
+                lines.append(f"  {op:14}none: {error}")
+                continue
             lines.append(f"  {op:14}{choice.backend}")
             lines += [f"    not {name:10}{reason}" for name, reason in choice.reasons.items()]
     return "\n".join(lines)

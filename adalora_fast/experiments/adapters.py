@@ -122,7 +122,7 @@ def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:
         return
     from safetensors.torch import save_file
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     trained = {
         name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad
     }

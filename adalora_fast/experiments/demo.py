@@ -68,9 +68,16 @@ def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[s
         "recipe": asdict(runs[0].recipe),
     }
     write_json(output / f"summary-seed{seed}.json", summary)
-    console.print("\npictures  " + "  ".join(str(path) for path in pictures), highlight=False, soft_wrap=True)
     console.print(
-        f"runs      {output}/<method>-seed{seed}/  (config, metrics, result, ranks, adapter)", highlight=False
+        "\npictures  " + "  ".join(str(path) for path in pictures),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"runs      {output}/<method>-seed{seed}/  (config, metrics, result, ranks, adapter)",
+        highlight=False,
+        markup=False,
     )
     return summary
 

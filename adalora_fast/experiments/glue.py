@@ -30,6 +30,8 @@ def run_glue(
     settings.
     """
     task = get_task(task_name)
+    data_dir = None if data_dir is None else data_dir.expanduser().absolute()
+    model = str(Path(model).absolute()) if Path(model).is_dir() else model
     settings = RunSettings(
         task=task.name,
         model=model,
@@ -42,7 +44,6 @@ def run_glue(
     if not folder.is_complete:
         resolve_model(model)
         splits = load_splits(task, data_dir)
-        folder.start()
     from .training import train_run
 
     with TrainingProgress(console=console) as progress:
@@ -52,7 +53,7 @@ def run_glue(
         console.print(
             f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), highlight=False
         )
-    console.print(f"run  {folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"run  {folder.path}", highlight=False, markup=False, soft_wrap=True)
     return result
 
 

@@ -39,6 +39,20 @@ def rank_grid(ranks: dict[str, int]) -> tuple["np.ndarray", list[int], list[str]
     return grid, layers, matrices
 
 
+def on_common_grid(
+    own: tuple["np.ndarray", list[int], list[str]], layers: list[int], matrices: list[str]
+) -> "np.ndarray":
+    """One run's grid with the rows and columns of all runs; NaN where this one adapts nothing."""
+    import numpy as np
+
+    values, rows, columns = own
+    grid = np.full((len(layers), len(matrices)), np.nan)
+    for i, layer in enumerate(rows):
+        for j, matrix in enumerate(columns):
+            grid[layers.index(layer), matrices.index(matrix)] = values[i, j]
+    return grid
+
+
 def plot_ranks(folders: list[Path], stem: Path, *, title: str) -> list[Path]:
     """One panel of final ranks per run folder, written to `stem`.png and `stem`.svg."""
     from matplotlib import rc_context
@@ -62,15 +76,17 @@ def rank_figure(panels: list[tuple[str, dict[str, int]]], *, init_r: int, title:
     import numpy as np
     from matplotlib.figure import Figure
 
+    grids = [rank_grid(ranks) for _, ranks in panels]
+    layers = sorted({layer for _, rows, _ in grids for layer in rows})
+    matrices = list(dict.fromkeys(name for _, _, names in grids for name in names))
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
-    first, layers, matrices = rank_grid(panels[0][1])
     size = (0.62 * len(matrices) * columns + 2.0, (0.34 * len(layers) + 1.15) * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axis, (label, ranks) in zip(axes.flat, panels, strict=False):
-        grid = first if ranks is panels[0][1] else rank_grid(ranks)[0]
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for number, (axis, (label, _), own) in enumerate(zip(axes.flat, panels, grids, strict=False)):
+        grid = on_common_grid(own, layers, matrices)
         image = axis.imshow(grid, vmin=0, vmax=init_r, cmap=COLOURS, aspect="auto")
         axis.set_title(label)
         for row, column in np.argwhere(~np.isnan(grid)):
@@ -79,13 +95,12 @@ def rank_figure(panels: list[tuple[str, dict[str, int]]], *, init_r: int, title:
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
         axis.set_xticks(range(len(matrices)), [name.replace(" ", "\n") for name in matrices], rotation=40)
         axis.set_yticks(range(len(layers)), layers)
-        axis.tick_params(length=0)
+        lowest, leftmost = number + columns >= len(panels), number % columns == 0
+        axis.tick_params(length=0, labelbottom=lowest, labelleft=leftmost)
+        axis.set_xlabel("adapted matrix" if lowest else "")
+        axis.set_ylabel("layer" if leftmost else "")
         axis.spines[:].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("layer")
-    for axis in axes[-1, :]:
-        axis.set_xlabel("adapted matrix")
     figure.colorbar(image, ax=axes, label=f"final rank (triplets kept of {init_r})", shrink=0.8)
     return figure

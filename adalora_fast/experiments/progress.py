@@ -75,7 +75,7 @@ class TrainingProgress:
         if self._one is not None:
             self.bars.remove_task(self._one)
             self._one = None
-        self.bars.console.print(line, highlight=False)
+        self.bars.console.print(line, highlight=False, markup=False)
 
     def count(self, description: str, done: int, total: int) -> None:
         """A bar for something short before training, such as reading files; it goes away when it is full."""

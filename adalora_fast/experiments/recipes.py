@@ -7,6 +7,7 @@ Three come with the package: `default` (rank 16 to 8, three epochs), `minilm` (f
 """
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -41,25 +42,38 @@ class Recipe:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "learning_rate",
-            "batch_size",
-            "max_length",
-            "init_r",
-            "target_r",
-            "scale",
-            "deltaT",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        for name in ("weight_decay", "warmup", "tinit", "tfinal", "orth_reg_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for field in fields(self):
+            _check_number(field.name, getattr(self, field.name))
         if self.target_r > self.init_r:
             raise ValueError(
                 f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r"
             )
+
+
+INTEGERS = ("batch_size", "max_length", "init_r", "target_r", "deltaT")
+STEPS = ("warmup", "tinit", "tfinal")  # an integer, or a fraction of the run
+FROM_ZERO = ("weight_decay", "orth_reg_weight", *STEPS)
+PROBABILITIES = ("beta1", "beta2", "classifier_dropout")
+
+
+def _check_number(name: str, value: object) -> None:
+    """ValueError where a setting is no number, or out of its range."""
+    if name == "classifier_dropout" and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number")
+    if name in INTEGERS and not isinstance(value, int):
+        raise ValueError(f"{name} is {value}; it must be an integer")
+    if name in PROBABILITIES:
+        if not 0 <= value < 1 or (value == 0 and name != "classifier_dropout"):
+            raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+    elif name in FROM_ZERO:
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must not be negative")
+        if name in STEPS and isinstance(value, float) and value >= 1:
+            raise ValueError(f"{name} is {value}; give steps as an integer, or a fraction of the run below 1")
+    elif value <= 0:
+        raise ValueError(f"{name} is {value}; it must be greater than 0")
 
 
 def recipe_for(model: str) -> str:
@@ -78,12 +92,30 @@ def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
         raise FileNotFoundError(f"no recipe {name!r}; choose {known}, or give the path of a JSON file")
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also where it is not text
         raise ValueError(f"recipe {path} is not JSON ({error}); correct it") from error
-    values = content.get("defaults", {}) | content.get("tasks", {}).get(task, {})
+    parts = (
+        [content, *(content.get(part, {}) for part in ("defaults", "tasks"))]
+        if _is_table(content)
+        else [content]
+    )
+    if not all(map(_is_table, parts)) or not _is_table(parts[2].get(task, {})):
+        raise ValueError(
+            f"recipe {path} must hold objects: defaults, and tasks by name; see the package's own"
+        )
+    strange = sorted(content.keys() - {"description", "defaults", "tasks"})
+    if strange:
+        raise ValueError(
+            f"recipe {path} has the unknown part {strange[0]!r}; choose description, defaults, tasks"
+        )
+    values = parts[1] | parts[2].get(task, {})
     unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
     if unknown:
         known = ", ".join(field.name for field in fields(Recipe))
         raise ValueError(f"recipe {path} has the unknown setting {unknown[0]!r}; choose from {known}")
     return Recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict)

@@ -5,19 +5,49 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .runs import read_json
+
+COLUMNS = {
+    "task",
+    "method",
+    "seed",
+    "sample",
+    "primary",
+    "primary_metric",
+    "trainable_parameters",
+    "total_rank",
+    "seconds",
+}
 
 
 def find_runs(folder: Path) -> list[Path]:
     """Every complete run below `folder` (itself included), by name; unfinished ones are left out."""
-    files = folder.rglob("result.json")
-    return sorted(path.parent for path in files if not any(part.endswith(".partial") for part in path.parts))
+    found = []
+    for path in folder.rglob("result.json"):
+        below = path.relative_to(folder).parts
+        if not any(part.startswith(".") and part.endswith(".partial") for part in below):
+            found.append(path.parent)
+    return sorted(found)
 
 
 def load_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """result.json of every folder."""
-    return [read_json(folder / "result.json") for folder in folders]
+    """result.json of every folder; ValueError naming one that no run of this package wrote."""
+    results = []
+    for folder in folders:
+        path = folder / "result.json"
+        try:
+            result = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); delete it or look elsewhere") from error
+        missing = COLUMNS - (result.keys() if isinstance(result, dict) else set())
+        if missing:
+            raise ValueError(
+                f"{path} has no {sorted(missing)[0]!r}: it is no result of a run; look elsewhere"
+            )
+        results.append(result)
+    return results
 
 
 def results_table(results: list[dict[str, Any]], *, title: str = "", majority: float | None = None) -> Table:
@@ -27,7 +57,10 @@ def results_table(results: list[dict[str, Any]], *, title: str = "", majority: f
     tasks = {result["task"] for result in results}
     metrics = sorted({result["primary_metric"] for result in results})
     table = Table(
-        title=title or None, title_justify="left", caption=_caption(results), caption_justify="left"
+        title=Text(title) if title else None,
+        title_justify="left",
+        caption=_caption(results),
+        caption_justify="left",
     )
     if len(tasks) > 1:
         table.add_column("task")
@@ -37,7 +70,7 @@ def results_table(results: list[dict[str, Any]], *, title: str = "", majority: f
     table.add_column("total rank", justify="right")
     table.add_column("seconds", justify="right")
     if majority is not None:
-        table.add_row("majority class", f"{majority:.3f}", "0", "–", "–")
+        table.add_row(*([""] if len(tasks) > 1 else []), "majority class", f"{majority:.3f}", "0", "–", "–")
     for result in results:
         row = [
             result["method"] + (f" (seed {result['seed']})" if result["seed"] else ""),
@@ -46,7 +79,7 @@ def results_table(results: list[dict[str, Any]], *, title: str = "", majority: f
             str(result["total_rank"]) if result["total_rank"] else "–",
             f"{result['seconds']:.0f}",
         ]
-        table.add_row(*([result["task"]] if len(tasks) > 1 else []), *row)
+        table.add_row(*(Text(cell) for cell in ([result["task"]] if len(tasks) > 1 else []) + row))
     return table
 
 

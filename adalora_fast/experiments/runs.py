@@ -90,6 +90,11 @@ class RunFolder:
                 f"cannot write to {self.path} ({error.strerror}); choose another --output"
             ) from error
 
+    def abandon(self) -> None:
+        """Remove the working folder of a run that could not begin: the corrected one needs its place."""
+        if not self.checkpoints.is_dir() or not any(self.checkpoints.iterdir()):
+            shutil.rmtree(self.working, ignore_errors=True)
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, remove what was only needed for resuming, and give the folder its name."""
         write_json(self.working / "result.json", result)
@@ -104,11 +109,9 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     """
     folder = RunFolder(path=Path(path).expanduser().absolute(), settings=settings)
     for existing in (folder.path, folder.working):
-        config = existing / "config.json"
-        if config.is_file():
-            difference = _first_difference(
-                read_json(config)["settings"], json.loads(json.dumps(asdict(settings)))
-            )
+        if (existing / "config.json").is_file():
+            there = _settings_in(existing)
+            difference = _first_difference(there, json.loads(json.dumps(asdict(settings))))
             if difference is not None:
                 raise ValueError(
                     f"{existing} holds a run with {difference}; choose another --output or delete it"
@@ -120,6 +123,17 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     if folder.path.is_dir() and not folder.is_complete and any(folder.path.iterdir()):
         raise ValueError(f"{folder.path} has no result.json; choose another --output or delete it")
     return folder
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder``; ValueError where its config.json is something else's."""
+    try:
+        settings = read_json(folder / "config.json")["settings"]
+    except (ValueError, KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder} exists and is not a run; choose another --output")
+    return settings
 
 
 def read_json(path: Path) -> Any:

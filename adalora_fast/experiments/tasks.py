@@ -178,15 +178,19 @@ def _read_hub(task: Task, split: str) -> "pyarrow.Table":
         ) from error
 
 
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _check_labels(task: Task, labels: list, source: str) -> None:
     if not labels:
         raise ValueError(f"{source} has no rows; give a file with at least one")
     if task.is_regression:
         allowed = "a finite number"
-        bad = [row for row, y in enumerate(labels) if not isinstance(y, int | float) or not math.isfinite(y)]
+        bad = [row for row, y in enumerate(labels) if not _is_number(y, int | float) or not math.isfinite(y)]
     else:
         allowed = f"an integer from 0 to {task.num_labels - 1}"
-        bad = [row for row, y in enumerate(labels) if not isinstance(y, int) or not 0 <= y < task.num_labels]
+        bad = [row for row, y in enumerate(labels) if not _is_number(y, int) or not 0 <= y < task.num_labels]
     if bad:
         raise ValueError(
             f"{source} row {bad[0]}: label {labels[bad[0]]!r} is not {allowed}; fix or remove that row"

@@ -17,7 +17,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import metrics
 from .adapters import adapt, check_budget, load_encoder, ranks_of, save_adapter
@@ -48,23 +47,31 @@ def train_run(
         return folder.result
     splits = load_splits()
     started = time.perf_counter()
-    set_seed(settings.seed)
-    model, tokenizer = load_encoder(settings, task)
-    model = adapt(model, settings)
-    data = {name: tokenize(split, tokenizer, settings.recipe.max_length) for name, split in splits.items()}
-
-    folder.start()
-    recorder = Recorder(folder, settings, progress)
-    trainer = build_trainer(model, tokenizer, data, settings, task, folder, recorder, resumable=resumable)
-    checkpoint = (
-        get_last_checkpoint(folder.checkpoints) if resumable and folder.checkpoints.is_dir() else None
-    )
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        set_seed(settings.seed)
+        model, tokenizer = load_encoder(settings, task)
+        model = adapt(model, settings)
+        data = {
+            name: tokenize(split, tokenizer, settings.recipe.max_length) for name, split in splits.items()
+        }
+        folder.start()
+        recorder = Recorder(folder, settings, progress)
+        trainer = build_trainer(model, tokenizer, data, settings, task, folder, recorder, resumable=resumable)
+        checkpoint = last_whole_checkpoint(folder) if resumable else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (ValueError, OSError):
+        folder.abandon()
+        raise
     evaluated = {}
     for split in task.evaluation:
         values = trainer.evaluate(data[split], metric_key_prefix=f"eval_{split}")
         evaluated[split] = {name: values[f"eval_{split}_{name}"] for name in (*task.metrics, "loss")}
 
+    if not all(np.isfinite(values["loss"]) for values in evaluated.values()):
+        raise ValueError(
+            f"{settings.label} diverged: the evaluation loss is not finite at learning_rate "
+            f"{settings.recipe.learning_rate:g}; lower it and choose another --output"
+        )
     ranks = ranks_of(model, settings)
     result = {
         "task": task.name,
@@ -77,11 +84,10 @@ def train_run(
         "primary": float(np.mean([values[task.metrics[0]] for values in evaluated.values()])),
         "metrics": evaluated,
         "best_epoch": recorder.best_epoch(task),
-        "train_loss": outcome.training_loss,
+        "train_loss": recorder.mean_loss(),
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_rank": check_budget(ranks, settings) if ranks else 0,
-        "train_seconds": round(outcome.metrics["train_runtime"], 2),
         "seconds": round(time.perf_counter() - started, 2),
         "resumed": checkpoint is not None,
     }
@@ -95,6 +101,20 @@ def train_run(
         f"{result['seconds']:.0f} s"
     )
     return result
+
+
+def last_whole_checkpoint(folder: RunFolder) -> str | None:
+    """The newest checkpoint that was written to its end; None: the run begins again."""
+    found = sorted(
+        folder.checkpoints.glob("checkpoint-*"),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+        reverse=True,
+    )
+    for path in found:
+        weights = any((path / name).is_file() for name in ("adapter_model.safetensors", "model.safetensors"))
+        if weights and all((path / name).is_file() for name in ("trainer_state.json", "optimizer.pt")):
+            return str(path)
+    return None
 
 
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Dataset:
@@ -182,8 +202,10 @@ class Recorder(TrainerCallback):
         self.evaluations: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # An interrupted run may have logged steps after its last checkpoint; they are trained again.
+        # An interrupted run may have logged steps after its last checkpoint, and what follows the training.
         kept = [line for line in self._read() if line["step"] <= state.global_step]
+        end = next((i for i, line in enumerate(kept) if "train_runtime" in line), len(kept))
+        kept = kept[:end]
         self.evaluations = [line for line in kept if any(key.startswith("eval_") for key in line)]
         if state.is_world_process_zero:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -218,7 +240,22 @@ class Recorder(TrainerCallback):
         primary, epoch = max(values, key=lambda pair: pair[0])
         return {"epoch": epoch, "primary": primary}
 
+    def mean_loss(self) -> float:
+        """Mean training loss over the logged steps of the whole run, interrupted or not."""
+        total = steps = 0.0
+        for line in self._read():
+            if "loss" in line:
+                total += line["loss"] * (line["step"] - steps)
+                steps = line["step"]
+        return total / steps if steps else float("nan")
+
     def _read(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """The lines so far, up to one that was cut off."""
+        lines: list[dict[str, Any]] = []
+        if self.path.is_file():
+            for text in self.path.read_text().splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except json.JSONDecodeError:
+                    break
+        return lines

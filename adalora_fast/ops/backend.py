@@ -62,6 +62,18 @@ def _refusal(op: str, backend: str, device_type: str) -> str | None:
     return implementation.refusal(device_type)
 
 
+def wanted() -> str:
+    """The backend that the environment asks for, or ``"auto"``.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    value = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+    if value != "auto" and value not in BACKENDS:
+        raise ValueError(f"{VARIABLE}={value!r} is not one of {('auto', *sorted(BACKENDS))}")
+    return value
+
+
 @cache
 def choose(op: str, device_type: str) -> Choice:
     """The backend for ``op`` on ``device_type``.
@@ -69,21 +81,19 @@ def choose(op: str, device_type: str) -> Choice:
     Raises:
         ValueError: ``ADALORA_FAST_BACKEND`` is not a backend, or names one that cannot run here.
     """
-    wanted = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
-    if wanted != "auto" and wanted not in BACKENDS:
-        raise ValueError(f"{VARIABLE}={wanted!r} is not one of {('auto', *sorted(BACKENDS))}")
+    forced = wanted()
     reasons = {backend: _refusal(op, backend, device_type) for backend in BACKENDS}
-    if wanted != "auto":
-        if reasons[wanted] is not None:
+    if forced != "auto":
+        if reasons[forced] is not None:
             raise ValueError(
-                f"{VARIABLE}={wanted} cannot run {op} on {device_type}: {reasons[wanted]}; use auto"
+                f"{VARIABLE}={forced} cannot run {op} on {device_type}: {reasons[forced]}; use auto"
             )
         refused = {
-            backend: reason or f"{VARIABLE}={wanted}"
+            backend: reason or f"{VARIABLE}={forced}"
             for backend, reason in reasons.items()
-            if backend != wanted
+            if backend != forced
         }
-        return Choice(op=op, device_type=device_type, backend=wanted, reasons=refused)
+        return Choice(op=op, device_type=device_type, backend=forced, reasons=refused)
     backend = next(backend for backend in BACKENDS if reasons[backend] is None)
     refused = {
         name: reason or f"{backend} is preferred" for name, reason in reasons.items() if name != backend
