@@ -20,7 +20,7 @@ from .runs import RunSettings, open_run, write_json
 from .tasks import Split, Task
 
 SCORES = ("sensitivity", "movement", "fisher", "gsnr")
-FULL = Recipe(epochs=2, learning_rate=2e-3, scale=8.0, max_length=64, deltaT=5)
+FULL = Recipe(epochs=1.6, learning_rate=2e-3, scale=8.0, max_length=64, deltaT=5)
 FAST = Recipe(epochs=0.3, learning_rate=2e-3, scale=8.0, max_length=64, deltaT=1)
 
 
