@@ -332,9 +332,8 @@ class RankAllocator:
             present = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
             if all(grad.isfinite().all() for grad in present):
                 raise RuntimeError(
-                    "allocator.step() was called without an optimizer.step() since the last one; "
-                    "call it once, after "
-                    "optimizer.step() and before zero_grad()"
+                    "allocator.step() was called without an optimizer.step() since the last one; call it "
+                    "once, after optimizer.step() and before zero_grad()"
                     + (" (attach() already does: remove the call)" if self._automatic else "")
                 )
         self._optimizer_has_stepped = False

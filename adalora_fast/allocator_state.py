@@ -164,9 +164,8 @@ def _check_same(config: dict, allocator: "RankAllocator") -> None:
     target, wanted = config["schedule"]["target"], allocator._wanted
     if target != wanted:
         raise ValueError(
-            f"allocator state has a target budget of {target} triplets, this allocator has "
-            f"{wanted}; use the same "
-            "target_r"
+            f"allocator state has a target budget of {target} triplets, this allocator has {wanted}; use the "
+            "same target_r"
         )
 
 

@@ -53,8 +53,7 @@ class BudgetSchedule:
         if self.tinit + self.tfinal >= self.total_step:
             raise ValueError(
                 f"tinit ({self.tinit}) + tfinal ({self.tfinal}) must be smaller than total_step "
-                f"({self.total_step}); "
-                "shorten the schedule or train longer"
+                f"({self.total_step}); shorten the schedule or train longer"
             )
         if self.target < 1:
             raise ValueError(

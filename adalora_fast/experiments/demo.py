@@ -126,12 +126,10 @@ def describe_corpus(corpus: DocstringCorpus, console: Console) -> None:
     """What was found, what was left out, and the ten modules."""
     counts = corpus.counts
     console.print(
-        f"Python {corpus.python_version}: {counts['docstrings']:,} docstrings of functions and "
-        "classes; left out "
-        f"{counts['too_short']} too short, {counts['duplicates']} repeated, "
-        f"{counts['shared_between_modules']} shared by "
-        f"modules, {counts['in_other_modules']:,} of other modules; {counts['train']:,} to train, "
-        f"{counts['test']} to test",
+        f"Python {corpus.python_version}: {counts['docstrings']:,} docstrings of functions and classes; "
+        f"left out {counts['too_short']} too short, {counts['duplicates']} repeated, "
+        f"{counts['shared_between_modules']} shared by modules, {counts['in_other_modules']:,} of other "
+        f"modules; {counts['train']:,} to train, {counts['test']} to test",
         highlight=False,
     )
     console.print("modules: " + ", ".join(corpus.modules), highlight=False)

@@ -97,8 +97,7 @@ def train_run(
         folder.finish(result)
     progress.finish_run(
         f"{settings.label}: {result['primary_metric']} {result['primary']:.3f}, total rank "
-        f"{result['total_rank']}, "
-        f"{result['seconds']:.0f} s"
+        f"{result['total_rank']}, {result['seconds']:.0f} s"
     )
     return result
 

@@ -156,9 +156,8 @@ class WithAllocator:
 
 def _warn_unfinished(saved: dict[str, Any]) -> None:
     warnings.warn(
-        f"this checkpoint was saved before the final mask, at step {saved['t']} with "
-        f"{saved['budget']} triplets (final "
-        f"budget {saved['schedule']['target']}); train on, or call rankallocator.finalize()",
+        f"this checkpoint was saved before the final mask, at step {saved['t']} with {saved['budget']} "
+        f"triplets (final budget {saved['schedule']['target']}); train on, or call rankallocator.finalize()",
         stacklevel=3,
     )
 

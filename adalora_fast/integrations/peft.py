@@ -1,6 +1,4 @@
-"""``fuse``: a PEFT AdaLoRA model made fast and correct in place; same state dict, same checkpoints, same
-methods.
-"""
+"""``fuse``: a PEFT AdaLoRA model made fast and correct in place; same state dict, checkpoints, methods."""
 
 import contextlib
 import warnings
@@ -285,9 +283,8 @@ def _check_model(model: nn.Module) -> AdaLoraModel:
     if not isinstance(model, PeftModel):
         if any(isinstance(module, AdaLoraLayer) for module in getattr(model, "modules", list)()):
             raise TypeError(
-                f"{type(model).__name__} carries AdaLoRA layers but is no PeftModel "
-                "(inject_adapter_in_model makes such "
-                "models); use get_peft_model(model, config) and fuse its result"
+                f"{type(model).__name__} carries AdaLoRA layers but is no PeftModel (inject_adapter_in_model "
+                "makes such models); use get_peft_model(model, config) and fuse its result"
             )
         raise TypeError(
             f"fuse needs a PeftModel with AdaLoRA, got {type(model).__name__}; call get_peft_model first"
@@ -306,7 +303,6 @@ def _check_rank_pattern(pattern: dict | None) -> None:
             isinstance(kept, list) and set(map(type, kept)) - {bool}
         ):
             raise ValueError(
-                f"rank_pattern gives {name!r} the value {kept!r}, as LoRA would; AdaLoRA's is "
-                "made by training: leave it "
-                "None and set init_r and target_r"
+                f"rank_pattern gives {name!r} the value {kept!r}, as LoRA would; AdaLoRA's is made by "
+                "training: leave it None and set init_r and target_r"
             )

@@ -1,6 +1,4 @@
-"""AdaLoraCallback: AdaLoRA under the Hugging Face Trainer without a schedule to work out or a call to
-remember.
-"""
+"""AdaLoraCallback: AdaLoRA under the Hugging Face Trainer, no schedule to work out, no call to remember."""
 
 import warnings
 from pathlib import Path
@@ -136,8 +134,7 @@ class AdaLoraCallback(TrainerCallback):
         ):
             raise ValueError(
                 f"the callback asks for score {self.score!r}, the model was fused with "
-                f"{tuner.rankallocator.score.name!r}; "
-                "give it to one of them only"
+                f"{tuner.rankallocator.score.name!r}; give it to one of them only"
             )
         return tuner
 
@@ -167,9 +164,8 @@ class AdaLoraCallback(TrainerCallback):
         state = read_state(folder)
         if state is None or state["config"]["t"] != step:
             raise ValueError(
-                f"the run resumes at step {step}, but the allocator is at {allocator.t} and "
-                f"{folder} has no state for it; "
-                "give AdaLoraCallback to the Trainer when it is made"
+                f"the run resumes at step {step}, but the allocator is at {allocator.t} and {folder} has no "
+                "state for it; give AdaLoraCallback to the Trainer when it is made"
             )
         allocator.load_state_dict(state)
 
@@ -191,8 +187,7 @@ def unwrap(model: nn.Module | None) -> PeftModel:
         if inner is None:
             raise TypeError(
                 f"AdaLoraCallback needs a PEFT AdaLoRA model, got {type(model).__name__}; call "
-                "get_peft_model first, or use "
-                "RankAllocator.attach(optimizer)"
+                "get_peft_model first, or use RankAllocator.attach(optimizer)"
             )
         model = inner
     return model

@@ -185,6 +185,5 @@ class AdaLoraLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"alpha={self.alpha}, "
-            f"dropout={self.dropout}, bias={self.bias is not None}"
+            f"alpha={self.alpha}, dropout={self.dropout}, bias={self.bias is not None}"
         )

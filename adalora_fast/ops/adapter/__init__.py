@@ -37,9 +37,8 @@ def _fake_linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling
 
 
 @define(
-    "adapter_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor lora_A, "
-    "Tensor lora_E, "
-    "Tensor lora_B, float scaling, bool highest) -> (Tensor, Tensor, Tensor)",
+    "adapter_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor lora_A, Tensor "
+    "lora_E, Tensor lora_B, float scaling, bool highest) -> (Tensor, Tensor, Tensor)",
     fake=_fake_linear,
 )
 def _linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest):
@@ -60,9 +59,8 @@ def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
 
 
 @define(
-    "adapter_delta(Tensor result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float "
-    "scaling, bool highest) "
-    "-> (Tensor, Tensor, Tensor)",
+    "adapter_delta(Tensor result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float scaling, "
+    "bool highest) -> (Tensor, Tensor, Tensor)",
     fake=_fake_delta,
 )
 def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
@@ -99,10 +97,9 @@ def _fake_backward(
 
 
 @define(
-    "adapter_backward(Tensor grad, Tensor adapter_input, Tensor h, Tensor S, Tensor? weight, Tensor lora_A, "
-    "Tensor lora_E, Tensor lora_B, float scaling, bool shared_input, bool need_x, bool "
-    "need_input, bool need_A, "
-    "bool need_E, bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "adapter_backward(Tensor grad, Tensor adapter_input, Tensor h, Tensor S, Tensor? weight, Tensor "
+    "lora_A, Tensor lora_E, Tensor lora_B, float scaling, bool shared_input, bool need_x, bool need_input, "
+    "bool need_A, bool need_E, bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
 def _backward(grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, *needs):
@@ -227,9 +224,8 @@ def _check(
     rank = lora_A.shape[0]
     if lora_A.dim() != 2 or lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
         raise ValueError(
-            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)}, lora_B "
-            f"{tuple(lora_B.shape)} do not fit; "
-            f"they must be (r, in), (r, 1) and ({out_features}, r)"
+            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)}, lora_B {tuple(lora_B.shape)} do "
+            f"not fit; they must be (r, in), (r, 1) and ({out_features}, r)"
         )
     in_features = lora_A.shape[1]
     if x.dim() == 0 or x.shape[-1] != in_features:
