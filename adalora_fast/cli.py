@@ -27,7 +27,7 @@ class Demo:
     """
 
     fast: bool = False
-    """Less than a minute: a third of an epoch per run."""
+    """Less than a minute: a fifth of an epoch per run."""
     output: Path | None = None
     """Where runs and pictures go (default: runs/demo, or runs/demo-fast)."""
     seed: int = 0

@@ -73,7 +73,7 @@ def test_every_score_spends_the_same_budget_as_plain_lora(finished):
 def test_same_data_seed_and_steps(finished):
     out, _, _, _ = finished
     results = [read(out / f"{label}-seed0", "result.json") for label in LABELS]
-    assert {result["steps"] for result in results} == {4}  # a third of 11 batches
+    assert {result["steps"] for result in results} == {3}  # a fifth of 11 batches
     assert all(result["splits"] == results[0]["splits"] for result in results)
 
 
@@ -85,7 +85,7 @@ def test_summary(finished):
         label: read(out / f"{label}-seed0", "result.json")["primary"] for label in LABELS
     }
     assert summary["majority"] == small_corpus().majority
-    assert summary["counts"]["train"] == 330 and summary["recipe"]["epochs"] == 0.3
+    assert summary["counts"]["train"] == 330 and summary["recipe"]["epochs"] == 0.2
 
 
 def test_pictures(finished):
