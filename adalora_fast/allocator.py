@@ -196,8 +196,8 @@ class RankAllocator:
         """End the run: where the final budget was not reached, prune to it now, with a warning."""
         if not self.is_final:
             _warn(
-                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the final mask "
-                f"(step {self.schedule.final_step}); it is pruned from {self.budget} to "
+                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the final "
+                f"allocation (step {self.schedule.final_step}); it is pruned from {self.budget} to "
                 f"{self.schedule.target} triplets now"
             )
             self._make_final()

@@ -30,12 +30,11 @@ def run_glue(
     settings.
     """
     task = get_task(task_name)
-    data_dir = None if data_dir is None else data_dir.expanduser().absolute()
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     settings = RunSettings(
         task=task.name,
         model=model,
-        data_dir=None if data_dir is None else str(data_dir),
+        data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
         recipe=load_recipe(recipe or recipe_for(model), task.name, **overrides),
         **options,
     )

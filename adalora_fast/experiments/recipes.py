@@ -60,20 +60,20 @@ def _check_number(name: str, value: object) -> None:
     """ValueError where a setting is no number, or out of its range."""
     if name == "classifier_dropout" and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
-    if name in INTEGERS and not isinstance(value, int):
-        raise ValueError(f"{name} is {value}; it must be an integer")
     if name in PROBABILITIES:
         if not 0 <= value < 1 or (value == 0 and name != "classifier_dropout"):
             raise ValueError(f"{name} is {value}; it must be between 0 and 1")
     elif name in FROM_ZERO:
-        if value < 0:
+        if not value >= 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
         if name in STEPS and isinstance(value, float) and value >= 1:
             raise ValueError(f"{name} is {value}; give steps as an integer, or a fraction of the run below 1")
-    elif value <= 0:
+    elif not value > 0:
         raise ValueError(f"{name} is {value}; it must be greater than 0")
+    elif name in INTEGERS and not isinstance(value, int):
+        raise ValueError(f"{name} is {value}; it must be an integer")
 
 
 def recipe_for(model: str) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from .runs import read_json
 
@@ -57,7 +57,7 @@ def results_table(results: list[dict[str, Any]], *, title: str = "", majority: f
     tasks = {result["task"] for result in results}
     metrics = sorted({result["primary_metric"] for result in results})
     table = Table(
-        title=Text(title) if title else None,
+        title=escape(title) if title else None,
         title_justify="left",
         caption=_caption(results),
         caption_justify="left",
@@ -79,7 +79,7 @@ def results_table(results: list[dict[str, Any]], *, title: str = "", majority: f
             str(result["total_rank"]) if result["total_rank"] else "–",
             f"{result['seconds']:.0f}",
         ]
-        table.add_row(*(Text(cell) for cell in ([result["task"]] if len(tasks) > 1 else []) + row))
+        table.add_row(*map(escape, ([result["task"]] if len(tasks) > 1 else []) + row))
     return table
 
 

@@ -58,7 +58,7 @@ def train_run(
         recorder = Recorder(folder, settings, progress)
         trainer = build_trainer(model, tokenizer, data, settings, task, folder, recorder, resumable=resumable)
         checkpoint = last_whole_checkpoint(folder) if resumable else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except (ValueError, OSError):
         folder.abandon()
         raise
@@ -88,6 +88,7 @@ def train_run(
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_rank": check_budget(ranks, settings) if ranks else 0,
+        "train_seconds": round(outcome.metrics["train_runtime"], 2),
         "seconds": round(time.perf_counter() - started, 2),
         "resumed": checkpoint is not None,
     }

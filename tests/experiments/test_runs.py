@@ -82,7 +82,8 @@ def test_other_settings_are_refused_by_name(tmp_path, name, finished):
 @pytest.mark.parametrize("name", [field.name for field in fields(Recipe)])
 def test_every_setting_of_the_recipe_counts(tmp_path, name):
     complete(tmp_path / "run")
-    value = 4 if name in ("target_r", "classifier_dropout") else getattr(SETTINGS.recipe, name) * 2
+    others = {"target_r": 4, "classifier_dropout": 0.4, "beta1": 0.5, "beta2": 0.5}
+    value = others[name] if name in others else getattr(SETTINGS.recipe, name) * 2
     with pytest.raises(ValueError, match=rf"holds a run with recipe\.{name} = "):
         open_run(tmp_path / "run", replace(SETTINGS, recipe=replace(SETTINGS.recipe, **{name: value})))
 
