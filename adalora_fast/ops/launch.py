@@ -1,0 +1,79 @@
+"""The one place through which every Triton kernel is launched, and the reasons why none can be.
+
+That every launch passes here lets tools see them without a GPU: ``benchmarks/aot.py`` compiles what would be
+launched, tests count launches.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from adalora_fast.ops import backend
+
+MINIMUM_CAPABILITY = (8, 0)  # bf16 matrix instructions
+
+Observer = Callable[[object, tuple, tuple, dict], None]
+_observer: Observer | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **meta) -> None:
+    """Run ``kernel`` over ``grid``; ``meta`` holds its constexprs and num_warps, num_stages."""
+    if _observer is None:
+        kernel[grid](*arguments, **meta)
+    else:
+        _observer(kernel, grid, arguments, meta)
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the context every launch calls ``observer(kernel, grid, arguments, meta)`` and nothing runs."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+@cache
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before they are imported)."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _cuda_refusal() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if capability < MINIMUM_CAPABILITY:
+        return f"it needs compute capability 8.0 or newer, a GPU here has {capability[0]}.{capability[1]}"
+    return None
+
+
+def refusal(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on a device type, or None.
+
+    On a CPU they run in the interpreter alone, and only where ``ADALORA_FAST_BACKEND=triton`` asks for it: it
+    is there to check kernels and thousands of times slower than PyTorch.
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if device_type == "cuda":
+        return _cuda_refusal()
+    if device_type != "cpu":
+        return f"Triton kernels run on cuda, not on {device_type}"
+    if not is_interpreted():
+        return "Triton runs on a CPU in its interpreter only (TRITON_INTERPRET=1)"
+    if backend.wanted() != "triton":
+        return f"the interpreter is for tests; {backend.VARIABLE}=triton asks for it"
+    return None
