@@ -5,6 +5,7 @@ launched, tests count launches.
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -36,6 +37,20 @@ def observed(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observer = before
+
+
+class LazyModule:
+    """A module that is imported when one of its functions is first asked for: kernels need Triton, and
+    importing the package does not.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value
 
 
 @cache
@@ -75,5 +90,5 @@ def refusal(device_type: str) -> str | None:
     if not is_interpreted():
         return "Triton runs on a CPU in its interpreter only (TRITON_INTERPRET=1)"
     if backend.wanted() != "triton":
-        return f"the interpreter is for tests; {backend.VARIABLE}=triton asks for it"
+        return f"the interpreter is not for work, only for tests; {backend.VARIABLE}=triton asks for it"
     return None

@@ -3,12 +3,16 @@
 Legend: M tokens (all leading dimensions of x together), K in, N out, R rank.
 """
 
+import warnings
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.adapter import reference
+from adalora_fast.ops.adapter.dropout import draw_seed
 from adalora_fast.ops.library import (
     autocast_is_on,
     define,
@@ -20,69 +24,95 @@ from adalora_fast.ops.library import (
 PRECISIONS = ("default", "highest")
 
 backend.register("adapter", "reference", reference)
+backend.register("adapter", "triton", launch.LazyModule("adalora_fast.ops.adapter.triton"), launch.refusal)
 
 
 def _product_dtype(x: Tensor, lora_A: Tensor, highest: bool) -> torch.dtype:
     return lora_A.dtype if highest else x.dtype
 
 
-def _fake_linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest):
-    dtype = _product_dtype(x, lora_A, highest)
-    rows = x.numel() // x.shape[-1]
-    return (
-        x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(rows, lora_A.shape[0], dtype=dtype),
-        lora_A.new_empty(lora_A.shape, dtype=dtype),
-    )
+@cache
+def _within_limits(functions: object, rank: int, dtype: torch.dtype) -> object:
+    """``functions``, or the reference for an adapter that they do not compute, which is said once."""
+    if functions is reference or rank == 0:  # without a triplet there is the base alone
+        return reference
+    reason = functions.limit(rank, dtype)
+    if reason is None:
+        return functions
+    warnings.warn(f"an adapter runs in plain PyTorch instead of its Triton kernels: {reason}", stacklevel=2)
+    return reference
+
+
+def _functions(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> object:
+    """What computes an adapter whose low-rank products are of type ``dtype``."""
+    return _within_limits(backend.kernel("adapter", x.device.type), lora_A.shape[0], dtype)
+
+
+@torch.compiler.assume_constant_result
+def _drops_inside(device_type: str, rank: int, dtype: torch.dtype) -> bool:
+    """Whether dropout is the kernels' business; PyTorch's own draws the random numbers that PEFT draws."""
+    return _within_limits(backend.kernel("adapter", device_type), rank, dtype) is not reference
+
+
+def _fake_saved(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    h, S = _functions(x, lora_A, dtype).saved_shapes(x.numel() // x.shape[-1], lora_A)
+    return x.new_empty(h, dtype=dtype), lora_A.new_empty(S, dtype=dtype)
+
+
+def _fake_linear(
+    x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0
+):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, *_fake_saved(x, lora_A, _product_dtype(x, lora_A, highest))
 
 
 @define(
     "adapter_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor lora_A, Tensor "
-    "lora_E, Tensor lora_B, float scaling, bool highest) -> (Tensor, Tensor, Tensor)",
+    "lora_E, Tensor lora_B, float scaling, bool highest, Tensor? seed=None, float dropout_p=0.0) -> "
+    "(Tensor, Tensor, Tensor)",
     fake=_fake_linear,
 )
-def _linear(x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest):
+def _linear(
+    x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0
+):
     with without_autocast(x.device.type):
-        return backend.kernel("adapter", x.device.type).linear(
-            x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest
+        return _functions(x, lora_A, _product_dtype(x, lora_A, highest)).linear(
+            x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
         )
 
 
-def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
-    dtype = _product_dtype(result, lora_A, highest)
-    rows = x.numel() // x.shape[-1]
-    return (
-        result.new_empty(result.shape),
-        x.new_empty(rows, lora_A.shape[0], dtype=dtype),
-        lora_A.new_empty(lora_A.shape, dtype=dtype),
-    )
+def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
+    saved = _fake_saved(x, lora_A, _product_dtype(result, lora_A, highest))
+    return result.new_empty(result.shape), *saved
 
 
 @define(
     "adapter_delta(Tensor result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float scaling, "
-    "bool highest) -> (Tensor, Tensor, Tensor)",
+    "bool highest, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor, Tensor)",
     fake=_fake_delta,
 )
-def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest):
+def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
     with without_autocast(x.device.type):
-        return backend.kernel("adapter", x.device.type).delta(
-            result, x, lora_A, lora_E, lora_B, scaling, highest
+        return _functions(x, lora_A, _product_dtype(result, lora_A, highest)).delta(
+            result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
         )
 
 
 @define(
     "adapter_delta_(Tensor(a!) result, Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, float scaling, "
-    "bool highest) -> ()",
+    "bool highest, Tensor? seed=None, float dropout_p=0.0) -> ()",
     fake=lambda *arguments: None,
 )
-def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest):
+def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
     with without_autocast(x.device.type):
-        backend.kernel("adapter", x.device.type).delta_(result, x, lora_A, lora_E, lora_B, scaling, highest)
+        _functions(x, lora_A, _product_dtype(result, lora_A, highest)).delta_(
+            result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
+        )
 
 
 def _fake_backward(
     grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, need_x, need_input,
-    need_A, need_E, need_B,
+    need_A, need_E, need_B, seed=None, dropout_p=0.0,
 ):  # fmt: skip
     def like(needed: bool, source: Tensor) -> Tensor:
         return source.new_empty(source.shape) if needed else grad.new_empty(0)
@@ -99,32 +129,38 @@ def _fake_backward(
 @define(
     "adapter_backward(Tensor grad, Tensor adapter_input, Tensor h, Tensor S, Tensor? weight, Tensor "
     "lora_A, Tensor lora_E, Tensor lora_B, float scaling, bool shared_input, bool need_x, bool need_input, "
-    "bool need_A, bool need_E, bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool need_A, bool need_E, bool need_B, Tensor? seed=None, float dropout_p=0.0) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
-def _backward(grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, *needs):
+def _backward(
+    grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, need_x, need_input,
+    need_A, need_E, need_B, seed=None, dropout_p=0.0,
+):  # fmt: skip
     with without_autocast(grad.device.type):
-        return backend.kernel("adapter", grad.device.type).backward(
-            grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, list(needs)
-        )
+        return _functions(grad, lora_A, h.dtype).backward(
+            grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, seed, dropout_p,
+            [need_x, need_input, need_A, need_E, need_B],
+        )  # fmt: skip
 
 
 def _save_linear(ctx, inputs, output) -> None:
-    x, adapter_input, weight, _, lora_A, lora_E, lora_B, scaling, _ = inputs
+    x, adapter_input, weight, _, lora_A, lora_E, lora_B, scaling, _, seed, dropout_p = inputs
     _, h, S = output
     ctx.shared_input = adapter_input is None
-    ctx.scaling = scaling
-    ctx.save_for_backward(x if ctx.shared_input else adapter_input, h, S, weight, lora_A, lora_E, lora_B)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    source = x if ctx.shared_input else adapter_input
+    ctx.save_for_backward(source, h, S, weight, lora_A, lora_E, lora_B, seed)
 
 
 def _linear_gradient(ctx, grad, run):
     if grad is None:
-        return (None,) * 9
-    adapter_input, h, S, weight, lora_A, lora_E, lora_B = ctx.saved_tensors
-    need_x, need_input, _, _, need_A, need_E, need_B, _, _ = ctx.needs_input_grad
+        return (None,) * 11
+    adapter_input, h, S, weight, lora_A, lora_E, lora_B, seed = ctx.saved_tensors
+    need_x, need_input, _, _, need_A, need_E, need_B, *_ = ctx.needs_input_grad
     dx, d_input, dA, dE, dB = run(
         grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, ctx.scaling, ctx.shared_input,
-        need_x, need_input, need_A, need_E, need_B,
+        need_x, need_input, need_A, need_E, need_B, seed, ctx.dropout_p,
     )  # fmt: skip
     return (
         dx if need_x else None,
@@ -134,34 +170,33 @@ def _linear_gradient(ctx, grad, run):
         dA if need_A else None,
         dE if need_E else None,
         dB if need_B else None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
 def _save_delta(ctx, inputs, output) -> None:
-    _, x, lora_A, lora_E, lora_B, scaling, _ = inputs
+    _, x, lora_A, lora_E, lora_B, scaling, _, seed, dropout_p = inputs
     _, h, S = output
-    ctx.scaling = scaling
-    ctx.save_for_backward(x, h, S, lora_A, lora_E, lora_B)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    ctx.save_for_backward(x, h, S, lora_A, lora_E, lora_B, seed)
 
 
 def _delta_gradient(ctx, grad, run):
     if grad is None:
-        return (None,) * 7
-    x, h, S, lora_A, lora_E, lora_B = ctx.saved_tensors
-    need_result, need_x, need_A, need_E, need_B, _, _ = ctx.needs_input_grad
+        return (None,) * 9
+    x, h, S, lora_A, lora_E, lora_B, seed = ctx.saved_tensors
+    need_result, need_x, need_A, need_E, need_B, *_ = ctx.needs_input_grad
     _, dx, dA, dE, dB = run(
-        grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E, need_B
-    )
+        grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E, need_B,
+        seed, ctx.dropout_p,
+    )  # fmt: skip
     return (
         grad if need_result else None,
         dx if need_x else None,
         dA if need_A else None,
         dE if need_E else None,
         dB if need_B else None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
@@ -267,7 +302,8 @@ def adalora_linear(
         bias: [N] or None.
         lora_A, lora_E, lora_B: Q [R, K], Λ [R, 1], P [N, R]; R = 0 is allowed; usually float32.
         scaling: α / (ranknum + 1e-5).
-        dropout_p: drop probability of the adapter's input, applied where ``training``.
+        dropout_p: drop probability of the adapter's input, applied where ``training``. On a GPU it is rounded
+            to a multiple of 1/65536, and a seed drawn from the device's generator decides what is dropped.
         training: whether dropout is on.
         precision: ``"default"`` rounds the factors to x's type and accumulates in float32 (float64 for
             float64); ``"highest"`` computes the adapter in the factors' type, as PEFT does.
@@ -295,12 +331,24 @@ def adalora_linear(
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         types = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"{types}; give them one type or use autocast")
-    dropped = F.dropout(x, dropout_p, True) if training and dropout_p > 0.0 else None
+    highest = precision == "highest"
+    dropped, seed = _dropout(x, lora_A, _product_dtype(x, lora_A, highest), dropout_p if training else 0.0)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
         result = F.linear(x, weight, bias)
-        return _run_delta(result, inputs, lora_A, lora_E, lora_B, scaling, precision == "highest")
-    return _run_linear(x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, precision == "highest")
+        return _run_delta(result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
+    return _run_linear(x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
+
+
+def _dropout(
+    x: Tensor, lora_A: Tensor, dtype: torch.dtype, dropout_p: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """(x after dropout, None) or (None, a seed for the kernels); (None, None) without dropout."""
+    if dropout_p == 0.0:
+        return None, None
+    if _drops_inside(x.device.type, lora_A.shape[0], dtype):
+        return None, draw_seed(x.device)
+    return F.dropout(x, dropout_p, True), None
 
 
 def adalora_delta_(
@@ -338,9 +386,12 @@ def adalora_delta_(
         raise ValueError(
             f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
         )
-    if training and dropout_p > 0.0:
-        x = F.dropout(x, dropout_p, True)
-    arguments = (result, x, lora_A, lora_E, lora_B, scaling, precision == "highest")
+    highest = precision == "highest"
+    dropped, seed = _dropout(
+        x, lora_A, _product_dtype(result, lora_A, highest), dropout_p if training else 0.0
+    )
+    inputs = x if dropped is None else dropped
+    arguments = (result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
     if _may_write(result, x):
         torch.ops.adalora_fast.adapter_delta_(*arguments)
         return result

@@ -17,13 +17,15 @@ Backward, with g = c dy B [M, R] and V = gᵀ x' [R, K]::
 Folding E into A costs one pass over R x K instead of one over M x R, the scale rides on the products (a
 multiplication by a Python number is three calls), and V gives dA and dE together, so that each activation is
 read once per product.
-Legend: M tokens, K in, N out, R rank; x' is the adapter's input (x, or x after dropout). Products accumulate
-    in
-float32 for half types (float64 for float64).
+Legend: M tokens, K in, N out, R rank; x' is the adapter's input: x, or x after dropout, which either the caller
+did (``adapter_input``) or ``seed`` and ``dropout_p`` say (dropout.py). Products accumulate in float32 for half
+types (float64 for float64).
 """
 
 import torch
 from torch import Tensor
+
+from adalora_fast.ops.adapter.dropout import survivors, survivors_scale
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,6 +46,20 @@ def _add_product(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     return y.add_(_scaled_product(h, B.t(), scaling))
 
 
+def saved_shapes(rows: int, lora_A: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the second and third result of :func:`linear`, which go to :func:`backward`."""
+    return (rows, lora_A.shape[0]), tuple(lora_A.shape)
+
+
+def _keep(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """[M, K] the factor that dropout gives every entry of x: 0 or 1 / (1 - p)."""
+    return survivors(seed, *like.shape, dropout_p).to(like.dtype) * survivors_scale(dropout_p)
+
+
+def _dropped(rows: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    return rows if seed is None else rows * _keep(rows, seed, dropout_p)
+
+
 def _project(inputs: Tensor, lora_A: Tensor, lora_E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(h, S); the fold is done in the factors' own type and rounded once."""
     S = _cast(lora_A * lora_E, dtype)  # [R, K]
@@ -60,21 +76,33 @@ def linear(
     lora_B: Tensor,
     scaling: float,
     highest: bool,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, S) for a plain linear base; ``highest`` computes the adapter in the factors' type."""
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     y = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()  # [M, N]
     inputs = rows if adapter_input is None else adapter_input.reshape(-1, x.shape[-1])
+    inputs = _dropped(inputs, seed, dropout_p)
     h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else x.dtype)
     y = _add_product(y, h, _cast(lora_B, h.dtype), scaling)
     return y.view(*x.shape[:-1], weight.shape[0]), h, S
 
 
 def delta(
-    result: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool
+    result: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    highest: bool,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(result + c h Bᵀ, h, S) for any base whose output is ``result``; ``result`` is left as it is."""
-    h, S = _project(x.reshape(-1, x.shape[-1]), lora_A, lora_E, lora_A.dtype if highest else result.dtype)
+    inputs = _dropped(x.reshape(-1, x.shape[-1]), seed, dropout_p)
+    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype)
     rows, B = result.reshape(-1, result.shape[-1]), _cast(lora_B, h.dtype)  # [M, N], [N, R]
     if h.dtype == rows.dtype:
         y = torch.addmm(rows, h, B.t(), alpha=scaling)
@@ -84,10 +112,19 @@ def delta(
 
 
 def delta_(
-    result: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool
+    result: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    highest: bool,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> None:
     """result += c h Bᵀ in place, without what a backward would need."""
-    h, _ = _project(x.reshape(-1, x.shape[-1]), lora_A, lora_E, lora_A.dtype if highest else result.dtype)
+    inputs = _dropped(x.reshape(-1, x.shape[-1]), seed, dropout_p)
+    h, _ = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype)
     _add_product(result.view(-1, result.shape[-1]), h, _cast(lora_B, h.dtype), scaling)
 
 
@@ -102,17 +139,20 @@ def backward(
     lora_B: Tensor,
     scaling: float,
     shared_input: bool,
+    seed: Tensor | None,
+    dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx', dA, dE, dB); what ``needs`` (in this order) leaves out is an empty tensor.
 
-    ``shared_input``: x' is x, so dx carries both paths and dx' is empty. ``weight`` None: no base, so dx is
-    empty.
+    ``shared_input``: x' is x or is made of it by ``seed``, so dx carries both paths and dx' is empty. ``weight``
+    None: no base, so dx is empty.
     """
     rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
     inputs = adapter_input.reshape(-1, adapter_input.shape[-1])  # [M, K]
     need_x, need_input, need_A, need_E, need_B = needs
     dx, d_input, dA, dE, dB = (None if needed else grad.new_empty(0) for needed in needs)
+    keep = None if seed is None else _keep(inputs, seed, dropout_p)
 
     if need_B:
         dB = _cast(_scaled_product(_cast(rows, h.dtype).t(), h, scaling), lora_B.dtype)  # [N, R]
@@ -120,13 +160,17 @@ def backward(
         g = _scaled_product(_cast(rows, h.dtype), _cast(lora_B, h.dtype), scaling)  # [M, R]
     if need_x:
         dx = rows @ weight  # [M, K]
-        if shared_input:
+        if shared_input and keep is not None:
+            dx = dx.add_((g @ S) * keep)
+        elif shared_input:
             dx = dx.addmm_(g, S) if g.dtype == dx.dtype else dx.add_(g @ S)
         dx = dx.view(adapter_input.shape)
     if need_input:
-        d_input = _cast(g @ S, adapter_input.dtype).view(adapter_input.shape)
+        change = g @ S if keep is None else (g @ S) * keep
+        d_input = _cast(change, adapter_input.dtype).view(adapter_input.shape)
     if need_A or need_E:
-        V = _cast(g.t() @ _cast(inputs, h.dtype), lora_A.dtype)  # [R, K]
+        dropped = inputs if keep is None else inputs * keep
+        V = _cast(g.t() @ _cast(dropped, h.dtype), lora_A.dtype)  # [R, K]
         if need_A:
             dA = V * lora_E
         if need_E:
