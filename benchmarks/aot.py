@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not here, and say what each compiled one needs.
 
-A launcher is run on tensors of the ``meta`` device with its launches observed; each is compiled exactly as a
-real launch with such arguments would be (dtypes, divisibility by 16, constexprs), for sm_80 and sm_90, through a
+A launcher runs on tensors of the ``meta`` device with its launches observed; each is compiled exactly as a
+real launch with such arguments would be (types, divisibility by 16, constants), for sm_80 and sm_90, by a
 driver that knows its target and nothing else.
 """
 
@@ -11,11 +11,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default so far; 3.9 warns where it is not said
 
 import contextlib
+import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 
 import torch
 import triton
@@ -30,15 +33,30 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
 
 
 @dataclass(frozen=True, kw_only=True)
+class Specialisation:
+    """A kernel as one launch compiles it: types, what is known of integers, constants."""
+
+    module: str
+    kernel: str
+    arch: int
+    arguments: tuple[object, ...]  # a tensor's type; the least integer that specialises alike; None; float
+    meta: tuple[tuple[str, object], ...]
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return {name: value for name, value in self.meta if name not in ("num_warps", "num_stages")}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """What one specialisation of a kernel needs on one architecture."""
 
     kernel: str
     arch: int
+    types: str
+    constants: str
     warps: int
     stages: int
-    constants: str
-    types: str
     registers: int
     shared: int  # bytes a block
     spills: int  # bytes stored and loaded
@@ -78,6 +96,49 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver._active = before
 
 
+def _abstract(argument: object) -> object:
+    """What of an argument decides how the kernel compiles."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    if isinstance(argument, int) and not isinstance(argument, bool):
+        if argument == 1:
+            return 1
+        small = 16 if argument % 16 == 0 else 17
+        return small if argument < 2**31 else 2**32 + small % 16
+    return argument if argument is None else float
+
+
+def _concrete(abstract: object) -> object:
+    if isinstance(abstract, torch.dtype):
+        return torch.empty(16, dtype=abstract, device="meta")
+    return 0.5 if abstract is float else abstract
+
+
+@dataclass
+class Collector:
+    """Observes launches and keeps their specialisations for some architectures."""
+
+    architectures: tuple[int, ...] = ARCHITECTURES
+    found: set[Specialisation] = field(default_factory=set)
+
+    def __call__(self, kernel, grid: tuple[int, ...], arguments: tuple, meta: dict) -> None:
+        for arch in self.architectures:
+            self.found.add(
+                Specialisation(
+                    module=kernel.fn.__module__,
+                    kernel=kernel.fn.__name__,
+                    arch=arch,
+                    arguments=tuple(_abstract(argument) for argument in arguments),
+                    meta=tuple(sorted(meta.items())),
+                )
+            )
+
+    def observe(self, run: Callable[[], object]) -> None:
+        """Run a launcher (on meta tensors) and keep what it launches."""
+        with observed(self):
+            run()
+
+
 def _assembled(ptx: str, arch: int) -> tuple[int, int]:
     """(registers, spill bytes) as the assembler counts them; a spill does not show in the machine code."""
     with tempfile.TemporaryDirectory() as folder:
@@ -95,40 +156,22 @@ def _matrix_instruction(ptx: str) -> str:
     return next((name for name in ("wgmma", "mma") if f"{name}." in ptx), "")
 
 
-def _type_name(argument: object) -> str:
-    if isinstance(argument, torch.Tensor):
-        return str(argument.dtype).removeprefix("torch.")
-    return type(argument).__name__
-
-
-class Compiler:
-    """Compiles observed launches for every architecture, each specialisation once."""
-
-    def __init__(self, architectures: tuple[int, ...] = ARCHITECTURES) -> None:
-        self.architectures = architectures
-        self.found: dict[tuple[int, str], Resources] = {}
-
-    def __call__(self, kernel, grid: tuple[int, ...], arguments: tuple, meta: dict) -> None:
-        for arch in self.architectures:
-            with compiling_for(arch):
-                kernel.device_caches.clear()  # it is kept by device, not by target
-                compiled = kernel.warmup(*arguments, grid=grid, **meta)
-            key = (arch, compiled.hash)
-            if key not in self.found:
-                self.found[key] = _resources(compiled, arch, arguments, meta)
-
-
-def _resources(compiled, arch: int, arguments: tuple, meta: dict) -> Resources:
+def compile_one(wanted: Specialisation) -> Resources:
+    """Compile one specialisation and read what it needs."""
+    kernel = getattr(importlib.import_module(wanted.module), wanted.kernel)
+    arguments = [_concrete(abstract) for abstract in wanted.arguments]
+    with compiling_for(wanted.arch):
+        kernel.device_caches.clear()  # it is kept by device, not by target
+        compiled = kernel.warmup(*arguments, grid=(1,), **dict(wanted.meta))
     ptx = compiled.asm["ptx"]
-    registers, spills = _assembled(ptx, arch)
-    constants = {k: v for k, v in meta.items() if k not in ("num_warps", "num_stages")}
+    registers, spills = _assembled(ptx, wanted.arch)
     return Resources(
-        kernel=compiled.metadata.name,
-        arch=arch,
+        kernel=wanted.kernel,
+        arch=wanted.arch,
+        types=" ".join(str(t).removeprefix("torch.") for t in wanted.arguments if isinstance(t, torch.dtype)),
+        constants=" ".join(f"{name}={value}" for name, value in wanted.constants.items()),
         warps=compiled.metadata.num_warps,
         stages=compiled.metadata.num_stages,
-        constants=" ".join(f"{k}={v}" for k, v in constants.items()),
-        types=" ".join(_type_name(a) for a in arguments if isinstance(a, torch.Tensor)),
         registers=registers,
         shared=compiled.metadata.shared,
         spills=spills,
@@ -136,10 +179,27 @@ def _resources(compiled, arch: int, arguments: tuple, meta: dict) -> Resources:
     )
 
 
-def compile_launches(run: Callable[[], object], compiler: Compiler) -> None:
-    """Run a launcher (on meta tensors) and compile what it launches."""
-    with observed(compiler):
-        run()
+def compile_all(wanted: Iterable[Specialisation], workers: int = 1) -> list[Resources]:
+    """Compile each, in a stable order, in ``workers`` processes."""
+    ordered = sorted(wanted, key=repr)
+    if workers == 1:
+        return [compile_one(one) for one in ordered]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_one, ordered, chunksize=4))
+
+
+def faults(found: Iterable[Resources]) -> list[str]:
+    """What must not be: a spilled register, more shared memory than a block has, half types without matrix
+    instructions.
+    """
+    said = []
+    for one in found:
+        name = f"{one.kernel} for sm_{one.arch} ({one.types}; {one.constants})"
+        if one.spills:
+            said.append(f"{name} spills {one.spills} bytes")
+        if one.shared > SHARED_LIMIT[one.arch]:
+            said.append(f"{name} needs {one.shared} bytes of shared memory")
+    return said
 
 
 def environment() -> dict[str, str]:

@@ -187,8 +187,8 @@ def _delta_gradient(ctx, grad, run):
     x, h, S, lora_A, lora_E, lora_B, seed = ctx.saved_tensors
     need_result, need_x, need_A, need_E, need_B, *_ = ctx.needs_input_grad
     _, dx, dA, dE, dB = run(
-        grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E, need_B,
-        seed, ctx.dropout_p,
+        grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E,
+        need_B, seed, ctx.dropout_p,
     )  # fmt: skip
     return (
         grad if need_result else None,

@@ -2,21 +2,21 @@
 
 AdaLoRA, arXiv 2303.10512, eq. 1, with PEFT's scale c; S = A ⊙ E, and x' is x after dropout::
 
-    forward                              backward
-    h = x' Sᵀ                            g  = c dy B               project   [M, C] → [M, R]
-    y = x W̃ + b + c h Bᵀ                 dx = dy W + keep(g S)     matmul    [M, C] → [M, D], or update in place
-                                         V  = gᵀ x', dB = c dyᵀ h  outer     [M, C] → [R, C], partial sums
-                                         dA = V ⊙ E, dE = Σ V ⊙ A  reduce    of the partial sums
+    forward                backward
+    h = x' Sᵀ              g  = c dy B               project  [M, C] → [M, R]
+    y = x Wᵀ + b + c h Bᵀ  dx = dy W + keep(g S)     matmul   [M, C] → [M, D], or update in place
+                           V  = gᵀ x', dB = c dyᵀ h  outer    [M, C] → [R, C], partial sums
+                           dA = V ⊙ E, dE = Σ V ⊙ A  reduce   of the partial sums
 
 ``matmul`` may compute its own low-rank operand (h or g) from the tiles it reads anyway (INLINE), so that an
 activation is read once; its programs of the first column of tiles store it for the backward.
 
-Products accumulate in float32; h and g are rounded to the product's type, as in plain PyTorch. Sums over rows go
-through partial sums that are added in a fixed order: no atomics, the same bits at every run.
+Products accumulate in float32; h and g are rounded to the product's type, as in plain PyTorch. Sums over
+rows go through partial sums that are added in a fixed order: no atomics, the same bits at every run.
 
-Legend: M tokens, C inner size (K forward, N backward), D outer size, R rank, RANK the rank padded to a power of
-two ≥ 16 (``tl.dot`` needs 16): h and g are kept padded with zeros, the parameters are masked where they are
-read and written. Row offsets are 64 bit, offsets inside a tile 32 bit.
+Legend: M tokens, C inner size (K forward, N backward), D outer size, R rank, RANK the rank padded to a
+power of two ≥ 16 (``tl.dot`` needs 16): h and g are kept padded with zeros, the parameters are masked
+where they are read and written. Row offsets are 64 bit, offsets inside a tile 32 bit.
 """
 
 import triton
@@ -110,8 +110,8 @@ def matmul(
 ):  # fmt: skip
     """out [M, D] = source [M, C] weight [C, D] + bias + out_scale · drop(low [M, R] factor_out [R, D]).
 
-    INLINE: low = low_scale · source factor_in [C, R] is computed on the way and stored; else it is read. One of
-    the factors is lora_A ⊙ lora_E: the first with FOLD_IN (forward), else the second.
+    INLINE: low = low_scale · source factor_in [C, R] is computed on the way and stored; else it is read.
+    One of the factors is lora_A ⊙ lora_E: the first with FOLD_IN (forward), else the second.
     """
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_d = tl.cdiv(outer, BLOCK_D)
@@ -267,7 +267,8 @@ def outer(
 def reduce(
     partial_a, partial_b, lora_A, lora_E, dA, dE, dB,
     inner, outer_size, rank, stride_r, stride_c, parts, programs_a,
-    NEED_A: tl.constexpr, NEED_E: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_E: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dA [R, K] = V ⊙ E, dE [R, 1] = Σ V ⊙ A, dB [N, R] from the partial sums, added in their order.
 

@@ -15,11 +15,11 @@ Backward, with g = c dy B [M, R] and V = gᵀ x' [R, K]::
     dB  = c dyᵀ h                          [N, R]
 
 Folding E into A costs one pass over R x K instead of one over M x R, the scale rides on the products (a
-multiplication by a Python number is three calls), and V gives dA and dE together, so that each activation is
-read once per product.
-Legend: M tokens, K in, N out, R rank; x' is the adapter's input: x, or x after dropout, which either the caller
-did (``adapter_input``) or ``seed`` and ``dropout_p`` say (dropout.py). Products accumulate in float32 for half
-types (float64 for float64).
+multiplication by a Python number is three calls), and V gives dA and dE together, so that each activation
+is read once per product.
+Legend: M tokens, K in, N out, R rank; x' is the adapter's input: x, or x after
+dropout, which either the caller did (``adapter_input``) or ``seed`` and ``dropout_p`` say (dropout.py).
+Products accumulate in float32 for half types (float64 for float64).
 """
 
 import torch
@@ -145,8 +145,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx', dA, dE, dB); what ``needs`` (in this order) leaves out is an empty tensor.
 
-    ``shared_input``: x' is x or is made of it by ``seed``, so dx carries both paths and dx' is empty. ``weight``
-    None: no base, so dx is empty.
+    ``shared_input``: x' is x or is made of it by ``seed``, so dx carries both paths and dx' is empty.
+    ``weight`` None: no base, so dx is empty.
     """
     rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
     inputs = adapter_input.reshape(-1, adapter_input.shape[-1])  # [M, K]

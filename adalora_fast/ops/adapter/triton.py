@@ -5,6 +5,7 @@ and S is not kept: the kernels form lora_A ⊙ lora_E in registers.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -93,16 +94,24 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def _problem(source: Tensor, outer: int, rank: int, dtype: torch.dtype, **flags: bool) -> Problem:
+@lru_cache(maxsize=4096)
+def _problem(
+    rows: int, inner: int, outer: int, rank: int, size: int, product_size: int, **flags: bool
+) -> Problem:
     return Problem(
-        rows=1 << max(source.shape[0] - 1, 0).bit_length(),  # one plan for all lengths up to a power of two
-        inner=source.shape[1],
+        rows=1 << max(rows - 1, 0).bit_length(),  # one plan for all lengths up to a power of two
+        inner=inner,
         outer=outer,
         rank=padded(rank),
-        size=source.element_size(),
-        product_size=dtype.itemsize,
+        size=size,
+        product_size=product_size,
         **flags,
     )
+
+
+def problem_of(source: Tensor, outer: int, rank: int, dtype: torch.dtype, **flags: bool) -> Problem:
+    """The problem of multiplying ``source`` with a weight, its low-rank products in ``dtype``."""
+    return _problem(*source.shape, outer, rank, source.element_size(), dtype.itemsize, **flags)
 
 
 def _project(
@@ -164,8 +173,8 @@ def _matmul(
 
 
 def linear(
-    x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_E: Tensor,
-    lora_B: Tensor, scaling: float, highest: bool, seed: Tensor | None, dropout_p: float,
+    x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, lora_A: Tensor,
+    lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool, seed: Tensor | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, h, an empty tensor)."""
     rows, drop = _matrix(x), _Drop.of(seed, dropout_p)
@@ -173,7 +182,7 @@ def linear(
     dtype = lora_A.dtype if highest else x.dtype
     right, left = _factors(lora_A, lora_E, lora_B)
     outer = weight.shape[0]
-    problem = _problem(
+    problem = problem_of(
         rows, outer, lora_A.shape[0], dtype, backward=False, inline=inputs is rows and not drop.on
     )
     plan = plans.choose(problem, x.device)
@@ -196,7 +205,7 @@ def _delta(
     """Write result + the adapter of x to ``out``; returns h."""
     rows, base = _matrix(x), _matrix(result)
     dtype = lora_A.dtype if highest else result.dtype
-    problem = _problem(rows, base.shape[1], lora_A.shape[0], dtype, backward=False, base=False)
+    problem = problem_of(rows, base.shape[1], lora_A.shape[0], dtype, backward=False, base=False)
     plan = plans.choose(problem, x.device)
     right, left = _factors(lora_A, lora_E, lora_B)
     h = _project(rows, right, dtype, 1.0, _Drop.of(seed, dropout_p), plan)
@@ -233,7 +242,7 @@ def backward(
     dtype, columns = h.dtype, inputs.shape[1]
     right, left = _factors(lora_A, lora_E, lora_B)
     both = need_x and shared_input  # dx carries the base's and the adapter's path
-    problem = _problem(rows, columns, lora_A.shape[0], dtype, backward=True, base=both)
+    problem = problem_of(rows, columns, lora_A.shape[0], dtype, backward=True, base=both)
     plan = plans.choose(problem, grad.device)
     dx, d_input, dA, dE, dB = (grad.new_empty(0) for _ in needs)
 
@@ -251,8 +260,9 @@ def backward(
     if need_input:
         d_input = _update(None, g, right, inputs.new_empty(inputs.shape), 1.0, drop, plan)
     if need_A or need_E or need_B:
+        whole = problem if both else problem_of(rows, columns, lora_A.shape[0], dtype, backward=True)
         dA, dE, dB = _factor_gradients(
-            inputs, rows, g, h, lora_A, lora_E, lora_B, scaling, drop, problem, needs[2:]
+            inputs, rows, g, h, lora_A, lora_E, lora_B, scaling, drop, whole, needs[2:]
         )
     return (
         dx.view(adapter_input.shape) if need_x else dx,

@@ -1,0 +1,197 @@
+"""The adapter's kernels compiled for sm_80 and sm_90, and what a layer's launches cost on paper.
+
+    python -m benchmarks.aot_adapter [--offered] [--json FILE]
+
+Without ``--offered``: every specialisation that runs for float32, float16, bfloat16 and bfloat16 with
+``precision="highest"``, r in {4, 8, 12, 16, 32, 64}, DeBERTa-v3-base's four shapes and 4096 x 4096, with and
+without dropout. With it: every tile that a stored plan could name, for every padded rank. Ends with an error
+where one spills or needs more shared memory than a block has.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import aot  # first: it decides that kernels are compiled, not interpreted
+
+import torch  # isort: skip
+from torch import Tensor
+
+from adalora_fast.environment import write_json
+from adalora_fast.ops.adapter import plans
+from adalora_fast.ops.adapter import triton as launchers
+from adalora_fast.ops.adapter.costs import (
+    MACHINES,
+    OuterPlan,
+    Plan,
+    Problem,
+    factor_launches,
+    launches,
+)
+
+SHAPES = ((768, 768), (768, 3072), (3072, 768), (3072, 3072), (4096, 4096))  # in, out
+RANKS = (4, 8, 12, 16, 32, 64)
+ROWS = 4096
+EVERY_NEED = [True, False, True, True, True]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Types of one layer: its activations', its factors', and whether products are in the factors' type."""
+
+    x: torch.dtype
+    factors: torch.dtype
+    highest: bool = False
+
+
+KINDS = (
+    Kind(torch.float32, torch.float32),
+    Kind(torch.float16, torch.float32),
+    Kind(torch.bfloat16, torch.float32),
+    Kind(torch.bfloat16, torch.float32, highest=True),
+)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer(kind: Kind, rows: int, inner: int, outer: int, rank: int, dropout_p: float) -> None:
+    """Launch forward and backward of one layer on meta tensors."""
+    x, weight, bias = (_meta(*s, dtype=kind.x) for s in ((rows, inner), (outer, inner), (outer,)))
+    factors = [_meta(*s, dtype=kind.factors) for s in ((rank, inner), (rank, 1), (outer, rank))]
+    seed = _meta(1, dtype=torch.int64) if dropout_p else None
+    y, h, S = launchers.linear(x, None, weight, bias, *factors, 0.5, kind.highest, seed, dropout_p)
+    launchers.backward(y, x, h, S, weight, *factors, 0.5, True, seed, dropout_p, EVERY_NEED)
+
+
+def chosen() -> set[aot.Specialisation]:
+    """What runs where no plan is stored."""
+    found: set[aot.Specialisation] = set()
+    for arch in aot.ARCHITECTURES:
+        collector = aot.Collector((arch,), found)
+        with plans.assuming(MACHINES[arch]):
+            for kind in KINDS:
+                for inner, outer in SHAPES:
+                    for rank in RANKS:
+                        for dropout_p in (0.0, 0.1):
+                            run = (kind, ROWS, inner, outer, rank, dropout_p)
+                            collector.observe(lambda run=run: layer(*run))
+    return found
+
+
+def _every_plan(kind: Kind, rank: int, machine) -> Iterator[Plan | OuterPlan]:
+    """Plans that together contain every offered tile of every kernel."""
+    half = not kind.highest and kind.x != torch.float32
+    size = kind.x.itemsize
+    problem = Problem(
+        backward=False, rows=ROWS, inner=768, outer=3072, rank=rank, size=size, product_size=2 if half else 4
+    )
+    projects = plans.offered("project", problem, machine)
+    updates = plans.offered("update", problem, machine)
+    for tile in projects:
+        yield Plan(way="library", project=tile, update=updates[0])
+    for tile in updates:
+        yield Plan(way="library", project=projects[0], update=tile)
+    for tile in plans.offered("outer", problem, machine):
+        yield OuterPlan(tile=tile, parts=8)
+    if half:
+        for way in ("inline", "epilogue"):
+            for tile in plans.offered("matmul", problem, machine, way == "inline"):
+                yield Plan(way=way, matmul=tile, project=projects[0])
+
+
+def offered() -> set[aot.Specialisation]:
+    """Every tile that a stored plan may name."""
+    found: set[aot.Specialisation] = set()
+    for arch in aot.ARCHITECTURES:
+        collector = aot.Collector((arch,), found)
+        with plans.assuming(MACHINES[arch]):
+            for kind in KINDS:
+                for rank in (16, 32, 64, 128):
+                    for plan in _every_plan(kind, rank, MACHINES[arch]):
+                        for dropout_p in (0.0, 0.1):
+                            run = (kind, ROWS, 768, 3072, rank, dropout_p)
+                            with plans.forced(plan):
+                                collector.observe(lambda run=run: layer(*run))
+    return found
+
+
+def faults(found: list[aot.Resources]) -> list[str]:
+    """aot.faults, and half types whose products are not on the matrix units."""
+    without = [
+        f"{one.kernel} for sm_{one.arch} ({one.types}; {one.constants}) has no matrix instruction"
+        for one in found
+        if one.kernel != "reduce" and one.types.split()[0] != "float32" and not one.matrix
+        and "float32" not in _product_type(one)
+    ]  # fmt: skip
+    return aot.faults(found) + without
+
+
+def _product_type(one: aot.Resources) -> str:
+    """The type of h and g among a kernel's arguments."""
+    place = {"project": 3, "matmul": 3, "update": 1, "outer": 2}
+    types = one.types.split()
+    return types[place[one.kernel]] if one.kernel in place and len(types) > place[one.kernel] else types[-1]
+
+
+def costs() -> list[dict]:
+    """Bytes, operations and least time of every launch of the four DeBERTa layers in bf16, r = 16."""
+    rows = []
+    for arch, machine in MACHINES.items():
+        for inner, outer in SHAPES:
+            for backward in (False, True):
+                c, d = (outer, inner) if backward else (inner, outer)
+                problem = Problem(
+                    backward=backward, rows=ROWS, inner=c, outer=d, rank=16, size=2, product_size=2
+                )
+                plan = plans.estimated(problem, machine)
+                made = launches(problem, plan.way, plan.matmul.columns if plan.matmul else 128)
+                if backward:
+                    made += factor_launches(problem, plans.estimated_outer(problem, machine).parts)
+                for one in made:
+                    floor = max(one.bytes / machine.bandwidth, one.flops / machine.flops)
+                    place = {"arch": arch, "in": inner, "out": outer, "backward": backward, "way": plan.way}
+                    rows.append(place | asdict(one) | {"floor_us": floor * 1e6})
+    return rows
+
+
+def table(found: list[aot.Resources]) -> str:
+    """One line a specialisation."""
+    lines = [f"{'kernel':9}{'sm':4}{'regs':>5}{'shared':>8}{'spills':>7} {'matrix':7}constants"]
+    for one in sorted(found, key=lambda one: (one.kernel, one.arch, -one.registers)):
+        numbers = f"{one.registers:5}{one.shared:8}{one.spills:7} {one.matrix or '-':7}"
+        lines.append(
+            f"{one.kernel:9}{one.arch:<4}{numbers}w{one.warps} s{one.stages} {one.constants} | {one.types}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--offered", action="store_true", help="every tile that a stored plan may name")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--json", type=Path, help="write the table and the costs to this file")
+    arguments = parser.parse_args()
+    wanted = offered() if arguments.offered else chosen()
+    found = aot.compile_all(wanted, arguments.workers)
+    print(table(found))
+    for one in costs():
+        direction = "backward" if one["backward"] else "forward"
+        print(
+            f"sm_{one['arch']} {one['in']:4} -> {one['out']:4} {direction:8} {one['way']:8} {one['kernel']:8}"
+            f"{one['bytes'] / 1e6:8.1f} MB{one['flops'] / 1e9:8.2f} GFLOP{one['floor_us']:8.1f} us at least"
+        )
+    wrong = faults(found)
+    print(f"{len(found)} specialisations, {len(wrong)} faults", *wrong, sep="\n")
+    if arguments.json:
+        content = {"environment": aot.environment(), "specialisations": [one.as_row() for one in found]}
+        write_json(arguments.json, content | {"costs": costs()})
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
