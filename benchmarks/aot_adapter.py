@@ -1,18 +1,19 @@
 """The adapter's kernels compiled for sm_80 and sm_90, and what a layer's launches cost on paper.
 
-    python -m benchmarks.aot_adapter [--offered] [--json FILE]
+    python -m benchmarks.aot_adapter [--offered] [--kinds KIND ...] [--json FILE]
 
-Without ``--offered``: every specialisation that runs for float32, float16, bfloat16 and bfloat16 with
-``precision="highest"``, r in {4, 8, 12, 16, 32, 64}, DeBERTa-v3-base's four shapes and 4096 x 4096, with and
-without dropout. With it: every tile that a stored plan could name, for every padded rank. Ends with an error
-where one spills or needs more shared memory than a block has.
+Every specialisation that runs for float32, float16, bfloat16 and bfloat16 with ``precision="highest"``, r in
+{4, 8, 12, 16, 32, 64}, DeBERTa-v3-base's four shapes and 4096 x 4096, with and without dropout; with
+``--offered`` also every tile that a stored plan may name, for every padded rank. Ends with an error where one
+spills, needs more shared memory than a block has, or multiplies half types outside the matrix units.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby, product
 from pathlib import Path
 
 from benchmarks import aot  # first: it decides that kernels are compiled, not interpreted
@@ -25,14 +26,17 @@ from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter import triton as launchers
 from adalora_fast.ops.adapter.costs import (
     MACHINES,
+    Machine,
     OuterPlan,
     Plan,
     Problem,
     factor_launches,
     launches,
+    ways,
 )
 
 SHAPES = ((768, 768), (768, 3072), (3072, 768), (3072, 3072), (4096, 4096))  # in, out
+UNALIGNED = (1001, 777)  # rows that no vector load fits
 RANKS = (4, 8, 12, 16, 32, 64)
 ROWS = 4096
 EVERY_NEED = [True, False, True, True, True]
@@ -47,12 +51,12 @@ class Kind:
     highest: bool = False
 
 
-KINDS = (
-    Kind(torch.float32, torch.float32),
-    Kind(torch.float16, torch.float32),
-    Kind(torch.bfloat16, torch.float32),
-    Kind(torch.bfloat16, torch.float32, highest=True),
-)
+KINDS = {
+    "float32": Kind(torch.float32, torch.float32),
+    "float16": Kind(torch.float16, torch.float32),
+    "bfloat16": Kind(torch.bfloat16, torch.float32),
+    "bfloat16-highest": Kind(torch.bfloat16, torch.float32, highest=True),
+}
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -68,27 +72,28 @@ def layer(kind: Kind, rows: int, inner: int, outer: int, rank: int, dropout_p: f
     launchers.backward(y, x, h, S, weight, *factors, 0.5, True, seed, dropout_p, EVERY_NEED)
 
 
-def chosen() -> set[aot.Specialisation]:
+def chosen(kinds: Iterable[Kind]) -> set[aot.Specialisation]:
     """What runs where no plan is stored."""
     found: set[aot.Specialisation] = set()
     for arch in aot.ARCHITECTURES:
         collector = aot.Collector((arch,), found)
         with plans.assuming(MACHINES[arch]):
-            for kind in KINDS:
-                for inner, outer in SHAPES:
-                    for rank in RANKS:
-                        for dropout_p in (0.0, 0.1):
-                            run = (kind, ROWS, inner, outer, rank, dropout_p)
-                            collector.observe(lambda run=run: layer(*run))
+            for kind, (inner, outer), rank, dropout_p in product(kinds, SHAPES, RANKS, (0.0, 0.1)):
+                run = (kind, ROWS, inner, outer, rank, dropout_p)
+                collector.observe(lambda run=run: layer(*run))
     return found
 
 
-def _every_plan(kind: Kind, rank: int, machine) -> Iterator[Plan | OuterPlan]:
+def _every_plan(
+    kind: Kind, rank: int, inner: int, outer: int, machine: Machine
+) -> Iterator[Plan | OuterPlan]:
     """Plans that together contain every offered tile of every kernel."""
-    half = not kind.highest and kind.x != torch.float32
-    size = kind.x.itemsize
-    problem = Problem(
-        backward=False, rows=ROWS, inner=768, outer=3072, rank=rank, size=size, product_size=2 if half else 4
+    problem = launchers.problem_of(
+        _meta(ROWS, inner, dtype=kind.x),
+        outer,
+        rank,
+        kind.factors if kind.highest else kind.x,
+        backward=False,
     )
     projects = plans.offered("project", problem, machine)
     updates = plans.offered("update", problem, machine)
@@ -98,25 +103,24 @@ def _every_plan(kind: Kind, rank: int, machine) -> Iterator[Plan | OuterPlan]:
         yield Plan(way="library", project=projects[0], update=tile)
     for tile in plans.offered("outer", problem, machine):
         yield OuterPlan(tile=tile, parts=8)
-    if half:
-        for way in ("inline", "epilogue"):
+    for way in ways(problem):
+        if way != "library":
             for tile in plans.offered("matmul", problem, machine, way == "inline"):
                 yield Plan(way=way, matmul=tile, project=projects[0])
 
 
-def offered() -> set[aot.Specialisation]:
-    """Every tile that a stored plan may name."""
+def offered(kinds: Iterable[Kind]) -> set[aot.Specialisation]:
+    """Every tile that a stored plan may name, for rows that vector loads fit and rows that they do not."""
     found: set[aot.Specialisation] = set()
     for arch in aot.ARCHITECTURES:
         collector = aot.Collector((arch,), found)
         with plans.assuming(MACHINES[arch]):
-            for kind in KINDS:
-                for rank in (16, 32, 64, 128):
-                    for plan in _every_plan(kind, rank, MACHINES[arch]):
-                        for dropout_p in (0.0, 0.1):
-                            run = (kind, ROWS, 768, 3072, rank, dropout_p)
-                            with plans.forced(plan):
-                                collector.observe(lambda run=run: layer(*run))
+            for kind, rank, (inner, outer) in product(kinds, (16, 32, 64, 128), (SHAPES[1], UNALIGNED)):
+                for plan in _every_plan(kind, rank, inner, outer, MACHINES[arch]):
+                    for dropout_p in (0.0, 0.1):
+                        run = (kind, ROWS, inner, outer, rank, dropout_p)
+                        with plans.forced(plan):
+                            collector.observe(lambda run=run: layer(*run))
     return found
 
 
@@ -139,24 +143,53 @@ def _product_type(one: aot.Resources) -> str:
 
 
 def costs() -> list[dict]:
-    """Bytes, operations and least time of every launch of the four DeBERTa layers in bf16, r = 16."""
+    """What every launch of a layer moves and computes in bf16, r = 16, and its least time beside the frozen
+    matmul's.
+    """
     rows = []
-    for arch, machine in MACHINES.items():
-        for inner, outer in SHAPES:
-            for backward in (False, True):
-                c, d = (outer, inner) if backward else (inner, outer)
-                problem = Problem(
-                    backward=backward, rows=ROWS, inner=c, outer=d, rank=16, size=2, product_size=2
-                )
-                plan = plans.estimated(problem, machine)
-                made = launches(problem, plan.way, plan.matmul.columns if plan.matmul else 128)
-                if backward:
-                    made += factor_launches(problem, plans.estimated_outer(problem, machine).parts)
-                for one in made:
-                    floor = max(one.bytes / machine.bandwidth, one.flops / machine.flops)
-                    place = {"arch": arch, "in": inner, "out": outer, "backward": backward, "way": plan.way}
-                    rows.append(place | asdict(one) | {"floor_us": floor * 1e6})
+    for (arch, machine), (inner, outer), backward in product(MACHINES.items(), SHAPES, (False, True)):
+        source, result = (outer, inner) if backward else (inner, outer)
+        problem = Problem(
+            backward=backward, rows=ROWS, inner=source, outer=result, rank=16, size=2, product_size=2
+        )
+        plan = plans.estimated(problem, machine)
+        made = launches(problem, plan.way, plan.matmul.columns if plan.matmul else 128)
+        if backward:
+            made += factor_launches(problem, plans.estimated_outer(problem, machine).parts)
+        frozen = launches(problem, "library")[1].least_seconds(machine, half=True)
+        rows += [
+            {
+                "arch": arch,
+                "in": inner,
+                "out": outer,
+                "direction": "backward" if backward else "forward",
+                "way": plan.way,
+                **asdict(one),
+                "least_us": one.least_seconds(machine, half=True) * 1e6,
+                "frozen_us": frozen * 1e6,
+            }
+            for one in made
+        ]
     return rows
+
+
+def costs_table() -> str:
+    """:func:`costs` as text, with each direction's sum."""
+    lines = []
+    for place, made in groupby(
+        costs(), key=lambda row: [row[k] for k in ("arch", "in", "out", "direction", "way")]
+    ):
+        made = list(made)
+        least, frozen = sum(row["least_us"] for row in made), made[0]["frozen_us"]
+        arch, inner, outer, direction, way = place
+        lines.append(
+            f"sm_{arch} {inner:4} -> {outer:4} {direction:8} {way:8} {least:6.1f} us at least, "
+            f"frozen {frozen:6.1f}, ratio {least / frozen:.2f}: "
+            + ", ".join(
+                f"{row['kernel']} {row['bytes'] / 1e6:.1f} MB {row['flops'] / 1e9:.2f} GFLOP" for row in made
+            )
+        )
+    return "\n".join(lines)
 
 
 def table(found: list[aot.Resources]) -> str:
@@ -172,19 +205,16 @@ def table(found: list[aot.Resources]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--offered", action="store_true", help="every tile that a stored plan may name")
+    parser.add_argument("--offered", action="store_true", help="also every tile a stored plan may name")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="types of the layers")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--json", type=Path, help="write the table and the costs to this file")
     arguments = parser.parse_args()
-    wanted = offered() if arguments.offered else chosen()
+    kinds = [KINDS[name] for name in arguments.kinds]
+    wanted = chosen(kinds) | (offered(kinds) if arguments.offered else set())
     found = aot.compile_all(wanted, arguments.workers)
     print(table(found))
-    for one in costs():
-        direction = "backward" if one["backward"] else "forward"
-        print(
-            f"sm_{one['arch']} {one['in']:4} -> {one['out']:4} {direction:8} {one['way']:8} {one['kernel']:8}"
-            f"{one['bytes'] / 1e6:8.1f} MB{one['flops'] / 1e9:8.2f} GFLOP{one['floor_us']:8.1f} us at least"
-        )
+    print(costs_table())
     wrong = faults(found)
     print(f"{len(found)} specialisations, {len(wrong)} faults", *wrong, sep="\n")
     if arguments.json:

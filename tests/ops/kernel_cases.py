@@ -103,7 +103,9 @@ def grad_like(y: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype).to(y.device)
 
 
-def run(function, case: Case, grad: Tensor, needed: tuple[str, ...] = TRAINED, **options) -> dict[str, Tensor]:
+def run(
+    function, case: Case, grad: Tensor, needed: tuple[str, ...] = TRAINED, **options
+) -> dict[str, Tensor]:
     """y and the gradients of ``needed`` of one forward and backward of a public function."""
     ours = leaves(case, frozen=tuple(set(NAMES) - set(needed)))
     return results(function(*ours, **options), ours, grad)

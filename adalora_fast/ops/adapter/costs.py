@@ -46,6 +46,7 @@ class Problem:
     product_size: int  # of the type that the low-rank products are computed in
     base: bool = True  # whether there is a weight to multiply with
     inline: bool = True  # whether the low-rank operand comes from the matmul's own source, as it is
+    aligned: bool = True  # whether rows begin where 16-byte loads can: sizes and strides are multiples of 16
 
     @property
     def half(self) -> bool:
@@ -91,9 +92,10 @@ class Launch:
     bytes: float
     flops: float
 
-    def seconds(self, machine: Machine, half: bool, share: float = 1.0) -> float:
+    def least_seconds(self, machine: Machine, half: bool, share: float = 1.0) -> float:
+        """The larger of the times of its bytes and of its operations; ``share``: of the machine's rate."""
         rate = machine.flops if half else machine.flops_float32
-        return machine.launch + max(self.bytes / machine.bandwidth, self.flops / (rate * share))
+        return max(self.bytes / machine.bandwidth, self.flops / (rate * share))
 
 
 def launches(problem: Problem, way: str, columns: int = 128) -> list[Launch]:
@@ -137,7 +139,8 @@ def estimate(problem: Problem, plan: Plan, machine: Machine) -> float:
     """Seconds that a plan should take."""
     columns = 128 if plan.matmul is None else plan.matmul.columns
     return sum(
-        launch.seconds(machine, problem.half, MATMUL_SHARE if launch.kernel == "matmul" else 1.0)
+        machine.launch
+        + launch.least_seconds(machine, problem.half, MATMUL_SHARE if launch.kernel == "matmul" else 1.0)
         for launch in launches(problem, plan.way, columns)
     )
 

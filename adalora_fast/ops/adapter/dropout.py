@@ -2,8 +2,8 @@
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed as its
 key and (column // 8, row, 0, 0) as its counter gives 128 bits, 16 for each of eight columns: no mask is
-stored, the backward makes it again, and it depends on no tiling. An entry survives where its bits reach the threshold
-p · 65536, so p is rounded to a multiple of 1/65536 and the survivors' scale 1 / (1 - p) with it.
+stored, the backward makes it again, and it depends on no tiling. An entry survives where its bits reach the
+threshold p · 65536, so p is rounded to a multiple of 1/65536 and the survivors' scale 1 / (1 - p) with it.
 """
 
 import torch

@@ -43,11 +43,11 @@ _HALF = {
         (Tile(16, 64, 0, 4, 3), 128),
     ),
     "update": ((Tile(64, 64, 0, 4, 1), 128), (Tile(32, 64, 0, 4, 1), 64), (Tile(16, 64, 0, 4, 1), 128)),
-    "outer": ((Tile(64, 128, 0, 4, 3), 64), (Tile(64, 64, 0, 4, 3), 128), (Tile(32, 64, 0, 4, 3), 128)),
+    "outer": ((Tile(64, 128, 0, 4, 3), 64), (Tile(64, 64, 0, 4, 3), 128), (Tile(32, 64, 0, 4, 3), 32)),
 }
 _FLOAT32 = {
-    "project": ((Tile(32, 32, 0, 4, 3), 32), (Tile(16, 32, 0, 4, 3), 128)),
-    "update": ((Tile(32, 32, 0, 4, 1), 64), (Tile(16, 32, 0, 4, 1), 128)),
+    "project": ((Tile(32, 32, 0, 8, 3), 64), (Tile(16, 32, 0, 8, 3), 128)),
+    "update": ((Tile(32, 32, 0, 8, 1), 128), (Tile(16, 32, 0, 8, 1), 128)),
     "outer": ((Tile(32, 32, 0, 4, 3), 32), (Tile(16, 32, 0, 4, 3), 128)),
 }
 
@@ -115,7 +115,12 @@ def shared_bytes(kernel: str, tile: Tile, problem: Problem, inline: bool = False
 
 
 def offered(kernel: str, problem: Problem, machine: Machine, inline: bool = False) -> list[Tile]:
-    """The tiles with which ``kernel`` may run, largest first."""
+    """The tiles with which ``kernel`` may run, largest first.
+
+    Without aligned rows the base is left to the library: the matmul would load its operands one by one.
+    """
+    if kernel == "matmul" and not problem.aligned:
+        return []
     table = _MATMUL if kernel == "matmul" else (_HALF if problem.half else _FLOAT32)[kernel]
     return [
         tile
@@ -129,14 +134,14 @@ def _filling(tiles: list[Tile], programs: Callable[[Tile], int], wanted: int) ->
     return next((tile for tile in tiles if programs(tile) >= wanted), tiles[-1])
 
 
-def _shortest(tiles: list[Tile], programs: Callable[[Tile], int], processors: int) -> Tile:
-    """The matmul tile whose waves of programs take least: a wave costs the tile's area, and its edges, which
-    are what it loads.
+def _shortest(tiles: list[Tile], programs: Callable[[Tile], int], processors: int, extra: int) -> Tile:
+    """The matmul tile whose waves of programs take least. A wave costs the tile's area, ``extra`` columns of
+    low-rank operand included, and its edges, which are what it loads.
     """
 
     def cost(tile: Tile) -> float:
         waves = -(-programs(tile) // processors)
-        return waves * (tile.rows * tile.columns + 16 * (tile.rows + tile.columns))
+        return waves * (tile.rows * (tile.columns + extra) + 16 * (tile.rows + tile.columns))
 
     return min(tiles, key=cost)
 
@@ -159,7 +164,7 @@ def complete(problem: Problem, way: str, machine: Machine) -> Plan | None:
     update = offered("update", problem, machine)
     return Plan(
         way=way,
-        matmul=None if library else _shortest(matmul, over_output, wanted),
+        matmul=None if library else _shortest(matmul, over_output, wanted, problem.rank if inline else 0),
         project=None if inline else _filling(project, over_rows, wanted),
         update=_filling(update, over_output, 2 * wanted) if library else None,
     )

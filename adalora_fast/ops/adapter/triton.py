@@ -111,7 +111,9 @@ def _problem(
 
 def problem_of(source: Tensor, outer: int, rank: int, dtype: torch.dtype, **flags: bool) -> Problem:
     """The problem of multiplying ``source`` with a weight, its low-rank products in ``dtype``."""
-    return _problem(*source.shape, outer, rank, source.element_size(), dtype.itemsize, **flags)
+    aligned = (source.shape[1] | outer | source.stride(0) | source.data_ptr()) % 16 == 0
+    sizes = source.element_size(), dtype.itemsize
+    return _problem(*source.shape, outer, rank, *sizes, aligned=aligned, **flags)
 
 
 def _project(
