@@ -28,6 +28,11 @@ HALF = (torch.float16, BFLOAT16)
 DTYPES = (torch.float32, *HALF)
 
 WAYS = ("inline", "epilogue", "library")
+WAYS_AND_DTYPES = [  # float32 leaves the base to the library
+    pytest.param("library", torch.float32, id="library float32"),
+    *(pytest.param(way, torch.float16, id=f"{way} float16") for way in WAYS),
+    *(pytest.param(way, torch.bfloat16, id=f"{way} bfloat16", marks=NO_BFLOAT16) for way in WAYS),
+]
 SMALL = Tile(16, 32, 16, 4, 1)  # several tiles in every direction of a small problem
 MEDIUM, LARGE = Tile(32, 64, 32, 4, 1), Tile(128, 64, 32, 4, 1)  # fewer programs: each takes its time
 FACTORS = ("lora_A", "lora_E", "lora_B")

@@ -11,11 +11,11 @@ from adalora_fast.ops.adapter import triton as kernels
 from adalora_fast.ops.adapter.plans import Tile
 from tests.ops.kernel_cases import (
     DEVICE,
-    DTYPES,
     MEDIUM,
     ON_DEVICE,
     SMALL,
     WAYS,
+    WAYS_AND_DTYPES,
     assert_same,
     exact_case,
     exact_grad,
@@ -202,8 +202,7 @@ def next_seed(manual: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "dtype"), WAYS_AND_DTYPES)
 def test_forward_and_backward_have_one_mask(way, dtype, function):
     if function is onto_linear and way != "library":
         pytest.skip("without a base there is one way")

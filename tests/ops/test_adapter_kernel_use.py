@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adalora_fast import AdaLoraLinear
 from adalora_fast.ops import adalora_delta_, adalora_linear, adapter
+from adalora_fast.ops.adapter import dropout
 from adalora_fast.ops.adapter import triton as kernels
 from tests.ops.kernel_cases import (
     BFLOAT16,
@@ -50,9 +51,9 @@ def small_case(**options):
     return exact_case(20, 24, 17, 3, **options)
 
 
-def make_layer(**options) -> AdaLoraLinear:
+def make_layer(dropout: float = 0.0, **options) -> AdaLoraLinear:
     torch.manual_seed(0)
-    layer = AdaLoraLinear(24, 24, 3, device=DEVICE, **options)
+    layer = AdaLoraLinear(24, 24, 3, dropout=dropout, device=DEVICE, **options)
     torch.nn.init.normal_(layer.lora_E)
     return layer
 
@@ -283,10 +284,8 @@ def test_delta_of_two_types(x_dtype, result_dtype, dropout_p, precision):
             assert torch.equal(y, found["y"])
     assert found["x"].dtype == x_dtype
     torch.manual_seed(2)
-    seed = adapter.draw_seed(DEVICE)
-    from adalora_fast.ops.adapter.dropout import survivors
-
-    keep = survivors(seed, 20, 24, 0.5) * 2 if dropout_p else torch.ones(20, 24, device=DEVICE)
+    seed = dropout.draw_seed(DEVICE)
+    keep = dropout.survivors(seed, 20, 24, 0.5) * 2 if dropout_p else torch.ones(20, 24, device=DEVICE)
     exact = truth(case, grad, keep=keep)
     exact["x"] -= grad.double() @ case.weight.double()  # the base is another node
     assert_same(found, exact)
@@ -428,6 +427,18 @@ def test_compiled_over_changing_sizes(fresh_compiler):
         assert_same(run(function, case, grad), truth(case, grad))
 
 
+def test_compiled_over_changing_ranks_with_dropout(fresh_compiler):
+    """Pruned checkpoints have layers of many ranks, and one function is compiled for all of them."""
+    function = compiled(adalora_linear)
+    for rank in (2, 3, 5, 17):
+        case = exact_case(9, 24, 17, rank)
+        grad = exact_grad(case)
+        torch.manual_seed(2)
+        eager = run(adalora_linear, case, grad, **DROPOUT)
+        torch.manual_seed(2)
+        assert_same(run(function, case, grad, **DROPOUT), eager)
+
+
 def test_compiled_delta(fresh_compiler):
     case = small_case()
     grad = exact_grad(case)
@@ -522,8 +533,7 @@ def test_launches_of_a_layer(way, p):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_launches_of_a_delta(in_place):
-    case = random_case((64, 48), 32, 8, dtype=torch.float16).lora_A, *random_case((64, 48), 32, 8).factors[1:]
-    factors = [factor.half().to("meta") for factor in case]
+    factors = [factor.to("meta") for factor in random_case((64, 48), 32, 8, dtype=torch.float16).factors]
     x, result = (torch.empty(64, n, dtype=torch.float16, device="meta") for n in (48, 32))
     with launched() as names:
         (kernels.delta_ if in_place else kernels.delta)(result, x, *factors, 0.5, False, None, 0.0)

@@ -21,6 +21,7 @@ from tests.ops.kernel_cases import (
     SMALL,
     TRAINED,
     WAYS,
+    WAYS_AND_DTYPES,
     assert_same,
     counted,
     exact_case,
@@ -186,8 +187,7 @@ def test_more_rows_of_tiles_than_share_a_group(way):
         assert_same(run(adalora_linear, case, grad), truth(case, grad))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "dtype"), WAYS_AND_DTYPES)
 def test_the_same_bits_at_every_run(way, dtype):
     case = random_case((63, 40), 33, 8, dtype=dtype, factor_dtype=torch.float32)
     grad = draw_grad(case).to(DEVICE)
@@ -201,7 +201,7 @@ def test_the_same_bits_at_every_run(way, dtype):
 def test_every_subset_of_gradients(way, shared):
     case = exact_case(33, 24, 17, 3)
     grad = exact_grad(case)
-    with planned(way):
+    with planned(way, MEDIUM):
         _, h, S = forward(case)
         full = backward(case, grad, h, S, (True, not shared, True, True, True), shared)
         for needs in itertools.product([False, True], repeat=5):
@@ -268,10 +268,6 @@ def _sliced(t):
     return wide[..., 2:-3]
 
 
-def _every_second_row(t):
-    return torch.stack((t, torch.full_like(t, float("nan"))), 1).flatten(0, 1)[::2]
-
-
 def _every_second_column(t):
     return torch.stack((t, torch.full_like(t, float("nan"))), -1).flatten(-2)[..., ::2]
 
@@ -280,12 +276,12 @@ def _transposed(t):
     return t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-LAYOUTS = (_sliced, _every_second_row, _every_second_column, _transposed)
+LAYOUTS = (_sliced, _every_second_column, _transposed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "grad", "weight", *FACTORS])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["inline", "library"])
 def test_any_strides(way, which, layout):
     case = exact_case(33, 20, 17, 3)
     grad = exact_grad(case)
@@ -345,9 +341,8 @@ def test_the_weight_of_a_conv1d_is_read_as_it_lies(way):
         assert_same(run(adalora_linear, case._replace(weight=conv.t()), grad), truth(case, grad))
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("way", "dtype"), WAYS_AND_DTYPES)
 def test_what_is_not_finite_stays_in_its_row(way, dtype, value):
     case = random_case((40, 21), 19, 3, dtype=dtype, factor_dtype=torch.float32)
     grad = draw_grad(case).to(DEVICE)
@@ -385,8 +380,7 @@ def test_infinite_factors_spoil_their_triplet_alone(way):
         assert torch.equal(rows[[0, 2]], want[[0, 2]]) and not rows[1].isfinite().any(), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "dtype"), WAYS_AND_DTYPES)
 def test_pruned_triplets(way, dtype):
     case = random_case((33, 24), 17, 5, dtype=dtype, factor_dtype=torch.float32)
     pruned, kept = [0, 3], [1, 2, 4]

@@ -45,13 +45,16 @@ def _within_limits(functions: object, rank: int, dtype: torch.dtype) -> object:
 
 def _functions(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> object:
     """What computes an adapter whose low-rank products are of type ``dtype``."""
-    return _within_limits(backend.kernel("adapter", x.device.type), lora_A.shape[0], dtype)
+    functions = backend.kernel("adapter", x.device.type)
+    if functions is reference:
+        return reference
+    return _within_limits(functions, int(lora_A.shape[0]), dtype)  # a traced rank is fixed: it is a layout
 
 
 @torch.compiler.assume_constant_result
 def _drops_inside(device_type: str, rank: int, dtype: torch.dtype) -> bool:
     """Whether dropout is the kernels' business; PyTorch's own draws the random numbers that PEFT draws."""
-    return _within_limits(backend.kernel("adapter", device_type), rank, dtype) is not reference
+    return _within_limits(backend.kernel("adapter", device_type), int(rank), dtype) is not reference
 
 
 def _fake_saved(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

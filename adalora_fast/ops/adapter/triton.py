@@ -36,7 +36,7 @@ def padded(rank: int) -> int:
 
 def saved_shapes(rows: int, lora_A: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the second and third result of :func:`linear`, which go to :func:`backward`."""
-    return (rows, padded(lora_A.shape[0])), (0,)
+    return (rows, padded(int(lora_A.shape[0]))), (0,)
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,7 @@ def delta_(
 ) -> None:  # fmt: skip
     """result += c h Bᵀ in place; ``result`` is contiguous."""
     _delta(result, result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
+    torch.autograd.graph.increment_version(result)  # a kernel's writes go unnoticed otherwise
 
 
 def backward(
