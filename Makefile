@@ -14,7 +14,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench lock clean distclean
+.PHONY: help venv demo test lint format bench aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -52,6 +52,10 @@ format: $(STAMP) ## put style and format right
 bench: $(STAMP) ## run the CPU benchmarks
 	$(BIN)/python -m benchmarks.op_counts $(ARGS)
 	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
+
+aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and write what each needs
+	$(BIN)/python -m benchmarks.aot_adapter --offered \
+	  --json benchmarks/results/aot/adapter-triton-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json
 
 # A fresh environment, frozen. Dropped: local version suffixes (+cpu) and the CUDA libraries, which torch pins itself.
 lock: ## resolve every dependency afresh into constraints.txt

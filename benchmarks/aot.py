@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from multiprocessing import get_context
 
 import torch
@@ -200,6 +201,24 @@ def faults(found: Iterable[Resources]) -> list[str]:
         if one.shared > SHARED_LIMIT[one.arch]:
             said.append(f"{name} needs {one.shared} bytes of shared memory")
     return said
+
+
+def summary(found: Iterable[Resources]) -> str:
+    """A Markdown table: for each kernel and architecture the most that any specialisation needs."""
+    lines = [
+        "| kernel | sm | specialisations | registers | shared, KiB | spills, bytes | matrix instructions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(found, key=lambda one: (one.kernel, one.arch))
+    for (kernel, arch), group in groupby(ordered, key=lambda one: (one.kernel, one.arch)):
+        group = list(group)
+        registers, shared = max(one.registers for one in group), max(one.shared for one in group)
+        matrix = ", ".join(sorted({one.matrix or "none" for one in group}))
+        lines.append(
+            f"| `{kernel}` | {arch} | {len(group)} | ≤ {registers} | ≤ {shared / 1024:.0f} | "
+            f"{sum(one.spills for one in group)} | {matrix} |"
+        )
+    return "\n".join(lines)
 
 
 def environment() -> dict[str, str]:

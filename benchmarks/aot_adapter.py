@@ -214,6 +214,7 @@ def main() -> int:
     wanted = chosen(kinds) | (offered(kinds) if arguments.offered else set())
     found = aot.compile_all(wanted, arguments.workers)
     print(table(found))
+    print(aot.summary(found))
     print(costs_table())
     wrong = faults(found)
     print(f"{len(found)} specialisations, {len(wrong)} faults", *wrong, sep="\n")

@@ -20,12 +20,22 @@ Observer = Callable[[object, tuple, tuple, dict], None]
 _observer: Observer | None = None
 
 
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **meta) -> None:
-    """Run ``kernel`` over ``grid``; ``meta`` holds its constexprs and num_warps, num_stages."""
-    if _observer is None:
-        kernel[grid](*arguments, **meta)
-    else:
+    """Run ``kernel`` over ``grid`` where its tensors are; ``meta`` holds its constexprs, num_warps and
+    num_stages.
+    """
+    if _observer is not None:
         _observer(kernel, grid, arguments, meta)
+    elif _several_gpus():  # Triton launches on the current device
+        with torch.cuda.device(next(a.device for a in arguments if isinstance(a, torch.Tensor))):
+            kernel[grid](*arguments, **meta)
+    else:
+        kernel[grid](*arguments, **meta)
 
 
 @contextlib.contextmanager

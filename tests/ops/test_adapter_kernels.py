@@ -50,7 +50,7 @@ SHAPES = [  # M, K, N, r
     (63, 96, 33, 33),
     (63, 33, 96, 128),
     (1000, 40, 63, 3),
-    (1000, 65, 40, 16),
+    (1000, 33, 24, 16),
 ]
 
 
@@ -67,7 +67,7 @@ def check(
     """Forward and all gradients by the relative rule, over several draws where a result has few numbers."""
     rule = RelativeRule(dtype)
     product_dtype = factor_dtype if precision == "highest" else dtype
-    for seed in range(4 if min(rows, out, r) == 1 and r < 100 else 1):
+    for seed in range(3 if min(rows, out, r) == 1 and r < 100 else 1):
         case = random_case(
             (rows, inner), out, r, dtype=dtype, factor_dtype=factor_dtype, bias=bias, seed=seed
         )
@@ -199,7 +199,7 @@ def test_the_same_bits_at_every_run(way, dtype):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_subset_of_gradients(way, shared):
-    case = exact_case(33, 24, 17, 3)
+    case = exact_case(20, 17, 19, 3)
     grad = exact_grad(case)
     with planned(way, MEDIUM):
         _, h, S = forward(case)
@@ -365,6 +365,20 @@ def test_what_is_not_finite_stays_in_its_row(way, dtype, value):
     assert not spoilt["x"][5].isfinite().any()
     rows = torch.arange(19, device=DEVICE) != 3
     assert torch.equal(spoilt["lora_B"][rows], clean["lora_B"][rows])
+
+
+@pytest.mark.parametrize("which", ["x", "grad"])
+@pytest.mark.parametrize(("way", "dtype"), WAYS_AND_DTYPES)
+def test_infinity_stays_infinity(way, dtype, which):
+    """Where all is positive an infinite entry makes no NaN: not by the zeros that pad the rank either."""
+    case = exact_case(20, 24, 17, 3, dtype=dtype)
+    case = case._replace(**{name: torch.ones_like(getattr(case, name)) for name in (*TRAINED, "weight")})
+    grad = torch.ones_like(exact_grad(case))
+    (case.x if which == "x" else grad)[5, 7] = float("inf")
+    exact = truth(case, grad)
+    assert not any(value.isnan().any() for value in exact.values())
+    with planned(way, MEDIUM):
+        assert_same(run(adalora_linear, case, grad), exact)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -54,7 +54,7 @@ def _functions(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> object:
 @torch.compiler.assume_constant_result
 def _drops_inside(device_type: str, rank: int, dtype: torch.dtype) -> bool:
     """Whether dropout is the kernels' business; PyTorch's own draws the random numbers that PEFT draws."""
-    return _within_limits(backend.kernel("adapter", device_type), int(rank), dtype) is not reference
+    return _within_limits(backend.kernel("adapter", device_type), rank, dtype) is not reference
 
 
 def _fake_saved(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -349,7 +349,7 @@ def _dropout(
     """(x after dropout, None) or (None, a seed for the kernels); (None, None) without dropout."""
     if dropout_p == 0.0:
         return None, None
-    if _drops_inside(x.device.type, lora_A.shape[0], dtype):
+    if _drops_inside(x.device.type, int(lora_A.shape[0]), dtype):
         return None, draw_seed(x.device)
     return F.dropout(x, dropout_p, True), None
 

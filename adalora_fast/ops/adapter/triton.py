@@ -4,8 +4,8 @@ The functions have the contract of reference.py. Of what a backward needs, ``h``
 and S is not kept: the kernels form lora_A ⊙ lora_E in registers.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ def saved_shapes(rows: int, lora_A: Tensor) -> tuple[tuple[int, ...], tuple[int,
     return (rows, padded(int(lora_A.shape[0]))), (0,)
 
 
-@dataclass(frozen=True)
-class _Factor:
+class _Factor(NamedTuple):
     """A factor as ``project`` and ``update`` read it: C x R, by strides; E where it is folded in."""
 
     tensor: Tensor
@@ -50,8 +49,7 @@ class _Factor:
     fold: bool
 
 
-@dataclass(frozen=True)
-class _Drop:
+class _Drop(NamedTuple):
     """Dropout of the adapter's input: its seed, threshold and the scale of what survives."""
 
     seed: Tensor | None
@@ -196,7 +194,8 @@ def linear(
         y = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
         _update(y, h, left, y, scaling, _NO_DROP, plan)
     else:
-        y = _matmul(rows, weight.t(), bias, h, right, left, 1.0, scaling, _NO_DROP, plan)
+        contiguous = None if bias is None else bias.contiguous()
+        y = _matmul(rows, weight.t(), contiguous, h, right, left, 1.0, scaling, _NO_DROP, plan)
     return y.view(*x.shape[:-1], outer), h, lora_A.new_empty(0, dtype=dtype)
 
 
