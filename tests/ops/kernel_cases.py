@@ -53,7 +53,7 @@ def planned(way: str, tile: Tile = SMALL, parts: int = 3) -> Iterator[None]:
 
 
 def tile_for(rows: int) -> Tile:
-    return MEDIUM if rows < 200 else LARGE
+    return Tile(64, 64, 32, 4, 1) if rows < 200 else LARGE
 
 
 def on_device(case: Case) -> Case:

@@ -119,6 +119,17 @@ def test_kernels_drop_what_survivors_says(seed):
     assert torch.equal(outer_mask(37, 20, seed, p, MEDIUM, 2), want)
 
 
+def test_an_entry_at_the_threshold_survives():
+    """p is the very number that entry (3, 5) has, so that >= and > differ."""
+    seed, zero = seed_of(21), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    p = (dropout.philox(seed, [zero, zero + 3, zero, zero])[2].item() >> 16) / dropout.LEVELS
+    want = dropout.survivors(seed, 16, 16, p)
+    assert want[3, 5] and not dropout.survivors(seed, 16, 16, p + 1 / dropout.LEVELS)[3, 5]
+    for name, mask in kernel_masks(16, 16, seed, p, "epilogue", MEDIUM).items():
+        assert torch.equal(mask, want), name
+    assert torch.equal(outer_mask(16, 16, seed, p, MEDIUM, 1), want)
+
+
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}x{tile.depth}")
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_do_not_depend_on_tiles(way, tile):
