@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from adalora_fast.ops import backend
-from adalora_fast.ops.allocation import reference
+from adalora_fast.ops.allocation import native, reference
 from adalora_fast.ops.library import define
+from adalora_fast.ops.native import cpu_refusal
 
 backend.register("allocation", "reference", reference)
+backend.register("allocation", "cpu", native, cpu_refusal)
 
 
 @define(
