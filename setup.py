@@ -5,7 +5,8 @@ installed PyTorch are found (pip's isolated build environment has none: then the
 is installed into). Nothing is ever downloaded for the build, and where it is not possible the installation
 succeeds without it: `python -m adalora_fast` says so, and the package works in plain PyTorch.
 
-    ADALORA_FAST_BUILD_CUDA=0|1   leave the CUDA part out, or insist on it (default: with nvcc and a CUDA PyTorch)
+    ADALORA_FAST_BUILD_CUDA=0|1   leave the CUDA part out, or insist on it (default: where nvcc and a CUDA
+                                  PyTorch are found)
     ADALORA_FAST_STRICT_BUILD=1   a warning is an error, and so is a build that is not possible
 """
 
@@ -27,6 +28,7 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of PyT
 # No -march and no contraction to fused multiply-adds: one wheel runs, with one result, on every machine.
 CPU = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
        "-fno-trapping-math", "-Wall", "-Wextra", *(["-Werror"] if STRICT else []), *DEFINES]  # fmt: skip
+LIBRARIES = ("torch", "torch_cpu", "torch_cuda", "c10")
 GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 CUDA = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *GPUS,
         *(["-Werror=all-warnings"] if STRICT else []), "-DUSE_CUDA", *DEFINES]  # fmt: skip
@@ -48,14 +50,12 @@ def cuda_refusal(torch: Path) -> str | None:
     if asked == "0":
         return "ADALORA_FAST_BUILD_CUDA=0"
     if nvcc() is None:
-        reason = "there is no nvcc in PATH or CUDA_HOME"
-    elif asked != "1" and re.search(r"^cuda\b.*= *None", (torch / "version.py").read_text(), re.M):
-        return "the installed PyTorch is built without CUDA (ADALORA_FAST_BUILD_CUDA=1 builds it all the same)"
-    else:
-        return None
-    if asked == "1":
-        raise SystemExit(f"ADALORA_FAST_BUILD_CUDA=1, but {reason}")
-    return reason
+        if asked == "1":
+            raise SystemExit("ADALORA_FAST_BUILD_CUDA=1, but there is no nvcc in PATH or CUDA_HOME")
+        return "there is no nvcc in PATH or CUDA_HOME"
+    if asked == "" and re.search(r"^cuda\b.*= *None", (torch / "version.py").read_text(), re.M):
+        return "the installed PyTorch is built without CUDA"
+    return None
 
 
 def nvcc() -> str | None:
@@ -68,7 +68,10 @@ def extension(name: str, folder: str) -> Extension:
     files = [path.relative_to(ROOT) for path in sorted((ROOT / "csrc").rglob("*.*"))]
     sources = [str(path) for path in files if path.parts[1] == folder and path.suffix in (".cpp", ".cu")]
     headers = [str(path) for path in files if path.suffix in (".h", ".cuh")]
-    return Extension(f"adalora_fast.{name}", sources, depends=[*headers, "setup.py"], py_limited_api=True)
+    depends = [*headers, "setup.py"]
+    return Extension(
+        f"adalora_fast.{name}", sources, depends=depends, py_limited_api=True, optional=not STRICT
+    )
 
 
 class Build(build_ext):
@@ -92,7 +95,7 @@ class Build(build_ext):
         with_cuda = any(source.endswith(".cu") for source in ext.sources)
         compile_ = [nvcc(), "-ccbin", host, *CUDA] if with_cuda else [host, *CPU]
         link = [nvcc(), "-ccbin", host] if with_cuda else [host]
-        libraries = [name for name in ("torch", "torch_cpu", "torch_cuda", "c10") if list((torch / "lib").glob(f"lib{name}.*"))]
+        libraries = [name for name in LIBRARIES if any((torch / "lib").glob(f"lib{name}.*"))]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         objects = []
         for source in ext.sources:
@@ -118,7 +121,7 @@ def extensions() -> list[Extension]:
     """What can be built here."""
     torch = installed_torch()
     if torch is None:
-        refuse("adalora_fast._C was not built: no PyTorch is installed; install torch first, then this package again")
+        refuse("adalora_fast._C was not built: install torch first, then this package again")
         return []
     reason = cuda_refusal(torch)
     if reason is not None:

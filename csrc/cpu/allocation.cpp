@@ -33,7 +33,8 @@ void select_triplets(const Matrix& scores, int64_t budget, bool* mask) {
     const auto last_kept = sorted.begin() + (budget - 1);
     std::nth_element(sorted.begin(), last_kept, sorted.end(), std::greater<>());
     const uint64_t threshold = *last_kept;
-    const int64_t above = std::count_if(keys.begin(), keys.end(), [=](uint64_t key) { return key > threshold; });
+    const int64_t above =
+        std::count_if(keys.begin(), keys.end(), [=](uint64_t key) { return key > threshold; });
     int64_t ties = budget - above;  // of the triplets at the threshold, the first so many are kept
     for (int64_t i = 0; i < count; ++i) {
         mask[i] = keys[i] > threshold || (keys[i] == threshold && ties-- > 0);

@@ -14,9 +14,7 @@ struct Matrix {
     Type type = Type::float32;
     int64_t rows = 0, cols = 0, row_stride = 0, col_stride = 0;
 
-    bool is_contiguous() const {
-        return (cols <= 1 || col_stride == 1) && (rows <= 1 || row_stride == cols);
-    }
+    bool is_contiguous() const { return (cols <= 1 || col_stride == 1) && (rows <= 1 || row_stride == cols); }
 };
 
 inline float float_of_bits(uint32_t bits) {

@@ -21,8 +21,9 @@ Type type_of(const Tensor& tensor, const char* what) {
     if (type == ScalarType::Float) return Type::float32;
     if (type == ScalarType::Double) return Type::float64;
     if (type == ScalarType::Half) return Type::float16;
-    STD_TORCH_CHECK(type == ScalarType::BFloat16, what,
-                    " must be float32, float64, float16 or bfloat16; ADALORA_FAST_BACKEND=reference takes others");
+    STD_TORCH_CHECK(
+        type == ScalarType::BFloat16, what,
+        " must be float32, float64, float16 or bfloat16; ADALORA_FAST_BACKEND=reference takes others");
     return Type::bfloat16;
 }
 
@@ -46,7 +47,8 @@ void check_statistics(const Tensor& statistics, Score score, Smoothing smoothing
                     "statistics must have two dimensions and contiguous rows");
     const int64_t rows = moment_rows(score) + smoothing_rows(score, smoothing);
     STD_TORCH_CHECK(statistics.size(0) == rows && statistics.size(1) == columns, "statistics is [",
-                    statistics.size(0), ", ", statistics.size(1), "], it must be [", rows, ", ", columns, "]");
+                    statistics.size(0), ", ", statistics.size(1), "], it must be [", rows, ", ", columns,
+                    "]");
 }
 
 Score score_of(int64_t score) {
@@ -85,13 +87,14 @@ void with_type(const Tensor& statistics, const Run& run) {
     }
 }
 
-void importance_update_(const std::vector<Tensor>& parameters, const std::vector<std::optional<Tensor>>& grads,
-                        const Tensor& statistics, const Tensor& updates, const Tensor& places, int64_t score,
-                        int64_t smoothing, double beta1, double beta2) {
+void importance_update_(const std::vector<Tensor>& parameters,
+                        const std::vector<std::optional<Tensor>>& grads, const Tensor& statistics,
+                        const Tensor& updates, const Tensor& places, int64_t score, int64_t smoothing,
+                        double beta1, double beta2) {
     const std::vector<Place> where = places_of(places);
-    STD_TORCH_CHECK(parameters.size() == where.size() && grads.size() == where.size(),
-                    "places is for ", where.size(), " parameters, got ", parameters.size(), " and ",
-                    grads.size(), " gradients");
+    STD_TORCH_CHECK(parameters.size() == where.size() && grads.size() == where.size(), "places is for ",
+                    where.size(), " parameters, got ", parameters.size(), " and ", grads.size(),
+                    " gradients");
     const Score chosen = score_of(score);
     const Smoothing smooth = smoothing_of(smoothing);
     check_statistics(statistics, chosen, smooth, columns_of(where));
@@ -148,7 +151,8 @@ int64_t integer_of(const Tensor& scalar) {
 Tensor allocation_select(const Tensor& scores, const Tensor& budget) {
     STD_TORCH_CHECK(scores.dim() == 1, "scores has ", scores.dim(), " dimensions, it must have 1");
     Tensor mask = torch::stable::empty(scores.sizes(), ScalarType::Bool);
-    const Matrix column = {scores.data_ptr(), type_of(scores, "scores"), scores.size(0), 1, scores.stride(0), 1};
+    const Matrix column = {
+        scores.data_ptr(), type_of(scores, "scores"), scores.size(0), 1, scores.stride(0), 1};
     select_triplets(column, integer_of(budget), static_cast<bool*>(mask.data_ptr()));
     return mask;
 }
@@ -164,7 +168,8 @@ void allocation_apply_mask_(const Tensor& mask, const std::vector<Tensor>& lora_
         lambdas.push_back({values.data_ptr(), values.size(0), values.stride(0) * size, size});
         total += values.size(0);
     }
-    STD_TORCH_CHECK(total == mask.numel(), "the mask has ", mask.numel(), " entries for ", total, " triplets");
+    STD_TORCH_CHECK(total == mask.numel(), "the mask has ", mask.numel(), " entries for ", total,
+                    " triplets");
     apply_mask(static_cast<const bool*>(mask.data_ptr()), lambdas);
 }
 

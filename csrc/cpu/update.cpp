@@ -171,7 +171,8 @@ void update_importance(const std::vector<Factor>& factors, Statistics<T> statist
         case Score::magnitude: run(std::integral_constant<Score, Score::magnitude>()); break;
     }
     if (!finite) return;
-    for (size_t number = 0; number < factors.size(); ++number) updates[number] += factors[number].has_gradient;
+    for (size_t number = 0; number < factors.size(); ++number)
+        updates[number] += factors[number].has_gradient;
 }
 
 template void update_importance(const std::vector<Factor>&, Statistics<float>, int64_t*, Score, Smoothing,

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adalora_fast.ops import apply_mask_, select_triplets
+from tests.ops.backends import each_backend
 
+backend_in_use = each_backend("allocation", "reference", "cpu")
 SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3.4e38]
 
 
