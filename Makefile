@@ -19,7 +19,7 @@ SHELL       := /usr/bin/env bash
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
 NATIVE  := $(VENV)/.native
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 INSTALL := pip --disable-pip-version-check install --quiet --no-compile
 
 help: ## list the targets

@@ -16,8 +16,11 @@ BUILD = "install a C++ compiler and build it (docs/native.md)"
 @cache
 def refusal(library: str) -> str | None:
     """Why ``_C`` or ``_C_cuda`` cannot be used here; None once it is loaded."""
-    if library == "_C_cuda" and torch.version.cuda is None:
-        return "this PyTorch is built without CUDA"  # the library needs symbols that only a CUDA build has
+    if library == "_C_cuda":
+        if torch.version.cuda is None:
+            return "this PyTorch is built without CUDA"  # which has not all of the symbols that it needs
+        if refusal("_C") is not None:  # where the operators are defined
+            return refusal("_C")
     found = sorted(PACKAGE.glob(f"{library}.*so"))
     if not found:
         return f"the extension adalora_fast.{library} is not built; {BUILD}"
@@ -31,3 +34,8 @@ def refusal(library: str) -> str | None:
 def cpu_refusal(device_type: str) -> str | None:
     """Why the C++ kernels cannot run on a device."""
     return "the C++ kernels run on the CPU only" if device_type != "cpu" else refusal("_C")
+
+
+def cuda_refusal(device_type: str) -> str | None:
+    """Why the CUDA kernels cannot run on a device."""
+    return "the CUDA kernels run on a GPU only" if device_type != "cuda" else refusal("_C_cuda")

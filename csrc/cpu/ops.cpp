@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "allocation.h"
@@ -157,9 +159,7 @@ Tensor allocation_select(const Tensor& scores, const Tensor& budget) {
     return mask;
 }
 
-void allocation_apply_mask_(const Tensor& mask, const std::vector<Tensor>& lora_E) {
-    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(),
-                    "mask must be a contiguous bool vector");
+std::vector<Lambdas> lambdas_of(const std::vector<Tensor>& lora_E, int64_t triplets) {
     std::vector<Lambdas> lambdas;
     int64_t total = 0;
     for (const Tensor& values : lora_E) {
@@ -168,9 +168,31 @@ void allocation_apply_mask_(const Tensor& mask, const std::vector<Tensor>& lora_
         lambdas.push_back({values.data_ptr(), values.size(0), values.stride(0) * size, size});
         total += values.size(0);
     }
-    STD_TORCH_CHECK(total == mask.numel(), "the mask has ", mask.numel(), " entries for ", total,
-                    " triplets");
+    STD_TORCH_CHECK(total == triplets, "the mask has ", triplets, " entries for ", total, " triplets");
+    return lambdas;
+}
+
+void allocation_apply_mask_(const Tensor& mask, const std::vector<Tensor>& lora_E) {
+    STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.is_contiguous(),
+                    "mask must be a contiguous bool vector");
+    const std::vector<Lambdas> lambdas = lambdas_of(lora_E, mask.numel());
     apply_mask(static_cast<const bool*>(mask.data_ptr()), lambdas);
+}
+
+std::tuple<Tensor, Tensor> allocation_allocate_(const Tensor& scores, const Tensor& budget,
+                                                const std::vector<Tensor>& lora_E) {
+    const std::vector<Lambdas> lambdas = lambdas_of(lora_E, scores.numel());
+    Tensor mask = allocation_select(scores, budget);
+    const int64_t matrices = static_cast<int64_t>(lambdas.size());
+    Tensor ranks = torch::stable::empty({&matrices, 1}, ScalarType::Int);
+    const bool* kept = static_cast<const bool*>(mask.data_ptr());
+    apply_mask(kept, lambdas);
+    int32_t* rank = static_cast<int32_t*>(ranks.data_ptr());
+    for (const Lambdas& matrix : lambdas) {
+        *rank++ = static_cast<int32_t>(std::count(kept, kept + matrix.count, true));
+        kept += matrix.count;
+    }
+    return {mask, ranks};
 }
 
 }  // namespace
@@ -183,6 +205,9 @@ STABLE_TORCH_LIBRARY(adalora_fast_C, m) {
     m.def("importance_scores(Tensor statistics, Tensor places, int score, int smoothing) -> Tensor");
     m.def("allocation_select(Tensor scores, Tensor budget) -> Tensor");
     m.def("allocation_apply_mask_(Tensor mask, Tensor(a!)[] lora_E) -> ()");
+    m.def(
+        "allocation_allocate_(Tensor scores, Tensor budget, Tensor(a!)[] lora_E) -> (Tensor mask, Tensor "
+        "ranks)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_fast_C, CPU, m) {
@@ -190,4 +215,5 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_fast_C, CPU, m) {
     m.impl("importance_scores", TORCH_BOX(&adalora_fast::importance_scores));
     m.impl("allocation_select", TORCH_BOX(&adalora_fast::allocation_select));
     m.impl("allocation_apply_mask_", TORCH_BOX(&adalora_fast::allocation_apply_mask_));
+    m.impl("allocation_allocate_", TORCH_BOX(&adalora_fast::allocation_allocate_));
 }

@@ -97,12 +97,21 @@ def test_scores_that_differ_in_one_digit_only(emulation):
     scores=st.lists(
         st.one_of(st.sampled_from(SPECIAL), st.floats(width=32), st.integers(-3, 3).map(float)), max_size=300
     ),
-    budget=st.integers(-1, 310),
+    share=st.floats(0, 1),
     order=st.sampled_from(list(ORDERS)),
     wide=st.booleans(),
 )
-def test_against_sorting(emulation, scores, budget, order, wide):
-    check(emulation, torch.tensor(scores, dtype=torch.float64 if wide else torch.float32), budget, order=order)
+def test_against_sorting(emulation, scores, share, order, wide):
+    scores = torch.tensor(scores, dtype=torch.float64 if wide else torch.float32)
+    check(emulation, scores, round(share * scores.numel()), order=order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zeros_of_both_signs_are_equal_and_nan_is_the_lowest(emulation, dtype):
+    for values in ([-0.0, 0.0, -0.0, 1.0], [float("nan"), float("-inf"), -3e38, float("nan"), 0.0]):
+        for arranged in (values, values[::-1]):
+            for budget in range(1, len(values)):
+                check(emulation, torch.tensor(arranged, dtype=dtype), budget)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -15,7 +15,13 @@ from adalora_fast.ops.importance.native import SCORE_NUMBERS, SMOOTHING_NUMBERS,
 from tests.ops.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
 
 ROOT = Path(__file__).parents[2]
-NATIVE_OPS = {"importance_update_", "importance_scores", "allocation_select", "allocation_apply_mask_"}
+NATIVE_OPS = {
+    "importance_update_",
+    "importance_scores",
+    "allocation_select",
+    "allocation_apply_mask_",
+    "allocation_allocate_",
+}
 
 
 @pytest.fixture
@@ -90,11 +96,13 @@ def test_schemas(built, score):
     grads = [None if i == 2 else p.flip(0).clone() for i, p in enumerate(parameters)]
     statistics, updates = make_buffers(parameters, score, "ema", torch.float32)
     numbers = places_of(parameters, score), SCORE_NUMBERS[score], SMOOTHING_NUMBERS["ema"]
+    lambdas = [torch.randn(3, 1), torch.randn(2, 1)]
     for op, arguments in (
         (ops.importance_update_, (parameters, grads, statistics, updates, *numbers, 0.9, 0.9)),
         (ops.importance_scores, (statistics + 1, *numbers)),
         (ops.allocation_select, (torch.randn(8), torch.tensor(3))),
-        (ops.allocation_apply_mask_, (torch.rand(5) > 0.5, [torch.randn(3, 1), torch.randn(2, 1)])),
+        (ops.allocation_apply_mask_, (torch.rand(5) > 0.5, lambdas)),
+        (ops.allocation_allocate_, (torch.randn(5), torch.tensor(3), lambdas)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema",))
 

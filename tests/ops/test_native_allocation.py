@@ -95,3 +95,9 @@ def test_a_mask_of_the_wrong_length_writes_nothing():
     with pytest.raises(RuntimeError, match="the mask has 2 entries for 3 triplets"):
         native.apply_mask_(torch.zeros(2, dtype=torch.bool), [values])
     assert (values == 1).all()
+
+
+def test_the_ranks_that_are_left():
+    scores, values = torch.tensor([5.0, 1.0, 4.0, 2.0, 9.0]), [torch.ones(r, 1) for r in (2, 0, 2, 1)]
+    mask, ranks = torch.ops.adalora_fast_C.allocation_allocate_(scores, torch.tensor(3), values)
+    assert mask.tolist() == [True, False, True, False, True] and ranks.tolist() == [1, 0, 1, 1]
