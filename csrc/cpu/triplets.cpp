@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "importance.h"
 
 namespace adalora_fast {
@@ -13,20 +15,26 @@ T element_score(const T* first, const T* second, int64_t i) {
     return square / (second[i] + T(1e-6) * (second[i] + square) + T(1e-30));
 }
 
-// Sums are in float64, in an order that depends on the shape alone: the same on any number of threads.
+// Runs of a few entries are summed in T, which keeps vector registers full, and the runs in float64. The
+// order depends on the shape alone: the same result on any number of threads.
+constexpr int64_t RUN = 8, LANES = 8;
+
 template <Form form, typename T>
 T mean_of_row(const T* first, const T* second, int64_t n) {
-    constexpr int64_t LANES = 8;
-    double lanes[LANES] = {};
+    double sums[LANES] = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            lanes[lane] += element_score<form>(first, second, i + lane);
+    for (; i + RUN * LANES <= n; i += RUN * LANES) {
+        T run[LANES] = {};
+        for (int64_t step = 0; step < RUN * LANES; step += LANES) {
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                run[lane] += element_score<form>(first, second, i + step + lane);
+            }
         }
+        for (int64_t lane = 0; lane < LANES; ++lane) sums[lane] += run[lane];
     }
-    for (; i < n; ++i) lanes[i % LANES] += element_score<form>(first, second, i);
+    for (; i < n; ++i) sums[i % LANES] += element_score<form>(first, second, i);
     double sum = 0;
-    for (const double lane : lanes) sum += lane;
+    for (const double lane : sums) sum += lane;
     return static_cast<T>(sum / n);
 }
 
@@ -42,10 +50,16 @@ void add_rows(const Place& place, const T* first, const T* second, T* scores) {
 template <Form form, typename T>
 void add_columns(const Place& place, const T* first, const T* second, T* scores) {
     std::vector<double> sums(place.cols, 0.0);
-    for (int64_t j = 0; j < place.rows; ++j) {
-        const T* a = first + j * place.cols;
-        const T* b = second + j * place.cols;
-        for (int64_t i = 0; i < place.cols; ++i) sums[i] += element_score<form>(a, b, i);
+    std::vector<T> runs(place.cols);
+    T* run = runs.data();
+    for (int64_t from = 0; from < place.rows; from += RUN) {
+        std::fill(runs.begin(), runs.end(), T(0));
+        for (int64_t j = from; j < std::min(from + RUN, place.rows); ++j) {
+            const T* a = first + j * place.cols;
+            const T* b = second + j * place.cols;
+            for (int64_t i = 0; i < place.cols; ++i) run[i] += element_score<form>(a, b, i);
+        }
+        for (int64_t i = 0; i < place.cols; ++i) sums[i] += run[i];
     }
     for (int64_t i = 0; i < place.cols; ++i) scores[i] += static_cast<T>(sums[i] / place.rows);
 }

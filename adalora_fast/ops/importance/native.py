@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, Layout, layout_of
+from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of
 
 # As csrc/cpu/importance.h numbers them.
 SCORE_NUMBERS = {name: number for number, name in enumerate(SIGNALS)}
@@ -17,10 +17,9 @@ SMOOTHING_NUMBERS = {name: number for number, name in enumerate(SMOOTHINGS)}
 
 
 @lru_cache(maxsize=64)
-def _places(layout: Layout, shapes: tuple[torch.Size, ...]) -> Tensor:
-    """[3L, 3] int64: each parameter's first column in the statistics (-1: none), its rows and columns."""
+def _places(shapes: tuple[torch.Size, ...], score: str) -> Tensor:
     places = [[-1, *shape] for shape in shapes]
-    for group in layout.groups:
+    for group in layout_of([torch.empty(shape, device="meta") for shape in shapes], score).groups:
         size = group.shape[0] * group.shape[1]
         for position, member in enumerate(group.members):
             places[member][0] = group.start + position * size
@@ -28,8 +27,8 @@ def _places(layout: Layout, shapes: tuple[torch.Size, ...]) -> Tensor:
 
 
 def places_of(parameters: list[Tensor], score: str) -> Tensor:
-    """Where the statistics of ``parameters`` lie."""
-    return _places(layout_of(parameters, score), tuple(parameter.shape for parameter in parameters))
+    """[3L, 3] int64: each parameter's first column in the statistics (-1: none), its rows and columns."""
+    return _places(tuple(parameter.shape for parameter in parameters), score)
 
 
 def update_(
