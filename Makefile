@@ -14,7 +14,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test lint format sanitize bench lock clean distclean
+.PHONY: help venv build demo test lint format sanitize cuda bench lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -71,8 +71,13 @@ sanitize: ## run the C++ kernels under the address, undefined-behaviour and thre
 	  "$$place/check"; \
 	done
 
+cuda: $(STAMP) ## compile the CUDA sources for every GPU they are for, without one (needs nvcc)
+	$(BIN)/python -m pytest -q -rs tests/ops/test_cuda_allocation.py -k compiles
+
 bench: $(NATIVE) ## run the CPU benchmarks
 	$(BIN)/python -m benchmarks.op_counts $(ARGS)
+	$(BIN)/python -m benchmarks.test_importance $(ARGS)
+	$(BIN)/python -m benchmarks.test_allocation $(ARGS)
 	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
 
 # A fresh environment, frozen. Dropped: local version suffixes (+cpu) and the CUDA libraries, which torch pins itself.
