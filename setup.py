@@ -77,6 +77,12 @@ def extension(name: str, folder: str) -> Extension:
 class Build(build_ext):
     """Runs the compilers directly: what it runs is what it prints."""
 
+    def run(self) -> None:
+        reason = cuda_refusal(installed_torch())
+        if reason is not None:
+            print(f"adalora_fast: adalora_fast._C_cuda is not built: {reason}", file=sys.stderr)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         newest = max((ROOT / path).stat().st_mtime for path in (*ext.sources, *ext.depends))
@@ -123,10 +129,8 @@ def extensions() -> list[Extension]:
     if torch is None:
         refuse("adalora_fast._C was not built: install torch first, then this package again")
         return []
-    reason = cuda_refusal(torch)
-    if reason is not None:
-        print(f"adalora_fast: adalora_fast._C_cuda was not built: {reason}", file=sys.stderr)
-    return [extension("_C", "cpu"), *([extension("_C_cuda", "cuda")] if reason is None else [])]
+    with_cuda = cuda_refusal(torch) is None
+    return [extension("_C", "cpu"), *([extension("_C_cuda", "cuda")] if with_cuda else [])]
 
 
 setup(
