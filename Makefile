@@ -14,10 +14,12 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format bench aot lock clean distclean
+.PHONY: help venv build demo test lint format sanitize cuda bench aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
+NATIVE  := $(VENV)/.native
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 INSTALL := pip --disable-pip-version-check install --quiet --no-compile
 
 help: ## list the targets
@@ -27,30 +29,55 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV): the package and the pinned versions of constraints.txt. PyTorch is large: this takes a minute or more."
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make PYTHON=python3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@began=$$SECONDS; $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,dev]'; \
+	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,dev]'; \
 	  echo "$(VENV) is ready after $$((SECONDS - began)) s: $$($(BIN)/python -c 'import sys, torch; print("Python", sys.version.split()[0], "and PyTorch", torch.__version__)')"
 	@touch $@
 
 venv: $(STAMP) ## make the development environment
 
-demo: $(STAMP) ## fine-tune a small encoder with every score, on this machine (ARGS="--fast" for a short one)
+# Against the PyTorch that was just installed; without a C++ compiler this says so and goes on.
+$(NATIVE): $(STAMP) setup.py $(SOURCES)
+	@echo "Building the C++ kernels of csrc/ (once, and again when they change)."
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+build: $(NATIVE) ## build the C++ kernels, where there is a compiler
+
+demo: $(NATIVE) ## fine-tune a small encoder with every score, on this machine (ARGS="--fast" for a short one)
 	$(BIN)/adalora-fast demo $(ARGS)
 
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS ?= 1
-test: $(STAMP) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" for pytest, WORKERS=2 processes)
+test: $(NATIVE) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" for pytest, WORKERS=2 processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(STAMP) ## put style and format right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
-bench: $(STAMP) ## run the CPU benchmarks
+# The kernels know nothing of PyTorch, so that a small program can run all of them under the sanitizers.
+sanitize: ## run the C++ kernels under the address, undefined-behaviour and thread sanitizers
+	@place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
+	for kind in address,undefined thread; do \
+	  echo "-fsanitize=$$kind"; \
+	  $(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -fno-sanitize-recover=all -fsanitize=$$kind \
+	    csrc/test/sanitize.cpp $(filter-out csrc/cpu/ops.cpp,$(wildcard csrc/cpu/*.cpp)) -pthread -o "$$place/check"; \
+	  "$$place/check"; \
+	done
+
+cuda: $(STAMP) ## compile the CUDA sources for every GPU they are for, without one (needs nvcc)
+	$(BIN)/python -m pytest -q -rs tests/ops/test_cuda_allocation.py -k compiles
+
+bench: $(NATIVE) ## run the CPU benchmarks
 	$(BIN)/python -m benchmarks.op_counts $(ARGS)
+	$(BIN)/python -m benchmarks.test_importance $(ARGS)
+	$(BIN)/python -m benchmarks.test_allocation $(ARGS)
 	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and write what each needs
@@ -71,7 +98,7 @@ lock: ## resolve every dependency afresh into constraints.txt
 	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
 
 clean: ## remove caches and builds
-	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
+	rm -rf adalora_fast/*.so $(NATIVE) build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment too

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.nn import Factors, adapted_layers
-from adalora_fast.ops import apply_mask_, importance_scores, importance_update_, select_triplets
+from adalora_fast.ops import allocate_, apply_mask_, importance_scores, importance_update_
 from adalora_fast.ops.importance import layout_of, reference
 from adalora_fast.schedule import BudgetSchedule
 from adalora_fast.scores import get_score, resolve_smoothing, statistic_names, user_signals
@@ -224,10 +224,10 @@ class RankAllocator:
             scores = importance_scores(parameters, self._statistics, self.score.name, self.smoothing)
         else:
             scores = reference.triplet_scores(parameters, self._statistics, self.score.name, self.smoothing)
-        self._mask = select_triplets(scores, torch.full((), budget, dtype=torch.int64, device=scores.device))
+        kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
         if not final:  # too few updates keep everything; only the device knows which counted
-            self._mask = self._mask | (self._updates.max() < self.score.min_updates)
-        apply_mask_(self._mask, self._lambdas())
+            kept = torch.where(self._updates.max() < self.score.min_updates, scores.numel(), kept)
+        self._mask = allocate_(scores, kept, self._lambdas())
 
     def _update_statistics(self) -> None:
         parameters = self._parameters()

@@ -1,15 +1,14 @@
-"""ATen calls of one training step beyond the frozen model's: PEFT's AdaLoRA and the fused one, on the same
-model.
+"""ATen and extension calls of one training step beyond the frozen model's: PEFT's AdaLoRA and the fused one,
+on the same model.
 
     python -m benchmarks.op_counts [--json FILE]
 
 The model is DeBERTa-v2 with 12 layers and 72 adapted linears (96 adapter calls, share_att_key) at a tiny
 width: the number of calls does not depend on the width. A step is forward, backward and allocation; the
-    optimizer's own calls
-are left out. Calls come from a profiler trace, so that those inside a custom op count too. Counted is every
-ATen call that computes, copies, views or detaches and contains no other counted call; what the profiler shows
-inside such a call without any work (stride arithmetic, conjugate checks, allocation) is not. The raw number
-of leaves is printed beside it.
+optimizer's own calls are left out. Calls come from a profiler trace, so that those inside a custom op count
+too. Counted is every call of ATen or of the C++ extension that computes, copies, views or detaches and
+contains no other counted call; what the profiler shows inside such a call without any work (stride
+arithmetic, conjugate checks, allocation) is not. The raw number of leaves is printed beside it.
 """
 
 import argparse
@@ -27,6 +26,7 @@ from adalora_fast import fuse
 from adalora_fast.environment import environment, write_json
 
 TARGETS = ["query_proj", "key_proj", "value_proj", "output.dense", "intermediate.dense"]
+COUNTED = ("aten::", "adalora_fast_C::")  # PyTorch's own calls and those of the extension
 # Without work of their own: stride arithmetic, conjugate bits, allocation, and thin names for one of these.
 WORKLESS = {
     f"aten::{name}"
@@ -70,11 +70,11 @@ def leaves(function: Callable[[], None]) -> tuple[Counter, Counter]:
     """(counted calls, all leaf calls) of ``function`` by name."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         function()
-    events = [event for event in trace.events() if event.name.startswith("aten::")]
+    events = [event for event in trace.events() if event.name.startswith(COUNTED)]
 
     def contains(event, names_left_out: set[str]) -> bool:
         return any(
-            (child.name.startswith("aten::") and child.name not in names_left_out)
+            (child.name.startswith(COUNTED) and child.name not in names_left_out)
             or contains(child, names_left_out)
             for child in event.cpu_children
         )

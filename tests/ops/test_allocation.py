@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalora_fast.ops import apply_mask_, select_triplets
+from adalora_fast.ops import allocate_, apply_mask_, select_triplets
+from tests.ops.backends import each_backend
 
+backend_in_use = each_backend("allocation", "reference", "cpu")
 SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3.4e38]
 
 
@@ -150,3 +152,24 @@ def test_a_mask_of_the_wrong_length_is_refused(length):
     with pytest.raises((ValueError, RuntimeError)):
         apply_mask_(torch.zeros(length, dtype=torch.bool), values)
     assert all((v == 1).all() for v in values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    scores=st.lists(st.sampled_from(SPECIAL), min_size=sum(RANKS), max_size=sum(RANKS)),
+    budget=st.integers(-1, 9),
+)
+def test_allocating_is_selecting_and_masking(scores, budget):
+    ours, plain = lambdas(torch.bfloat16), lambdas(torch.bfloat16)
+    scores, budget = torch.tensor(scores), torch.tensor(budget)
+    mask = select_triplets(scores, budget)
+    apply_mask_(mask, plain)
+    assert torch.equal(allocate_(scores, budget, ours), mask)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_allocating_with_scores_of_another_model_writes_nothing():
+    values = lambdas()
+    with pytest.raises(ValueError, match=r"the score vector is \(7,\), the matrices have 8 triplets"):
+        allocate_(torch.zeros(7), torch.tensor(2), values)
+    assert all(torch.equal(a, b) for a, b in zip(values, lambdas(), strict=True))

@@ -26,6 +26,7 @@ NAMES = {
     "orthogonality",
     "allocation_select",
     "allocation_apply_mask_",
+    "allocation_allocate_",
 }
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -101,9 +102,9 @@ def test_orthogonality(penalty, dtype):
 
 def test_allocation():
     torch.library.opcheck(OPS.allocation_select, (torch.randn(8), torch.tensor(3)))
-    torch.library.opcheck(
-        OPS.allocation_apply_mask_, (torch.rand(5) > 0.5, [torch.randn(3, 1), torch.randn(2, 1)])
-    )
+    lambdas = [torch.randn(3, 1), torch.randn(2, 1)]
+    torch.library.opcheck(OPS.allocation_apply_mask_, (torch.rand(5) > 0.5, lambdas))
+    torch.library.opcheck(OPS.allocation_allocate_, (torch.randn(5), torch.tensor(3), lambdas))
 
 
 def test_every_registered_op_is_checked_here():

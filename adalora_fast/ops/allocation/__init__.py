@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from adalora_fast.ops import backend
-from adalora_fast.ops.allocation import reference
+from adalora_fast.ops.allocation import native, reference
 from adalora_fast.ops.library import define
+from adalora_fast.ops.native import cpu_refusal, cuda_refusal
 
 backend.register("allocation", "reference", reference)
+backend.register("allocation", "cpu", native, cpu_refusal)
+backend.register("allocation", "cuda", native, cuda_refusal)
 
 
 @define(
@@ -24,6 +27,19 @@ def _select(scores, budget):
 )
 def _apply_mask(mask, lora_E):
     backend.kernel("allocation", mask.device.type).apply_mask_(mask, lora_E)
+
+
+@define(
+    "allocation_allocate_(Tensor scores, Tensor budget, Tensor(a!)[] lora_E) -> Tensor",
+    fake=lambda scores, budget, lora_E: scores.new_empty(scores.shape, dtype=torch.bool),
+)
+def _allocate(scores, budget, lora_E):
+    functions = backend.kernel("allocation", scores.device.type)
+    if hasattr(functions, "allocate_"):  # an implementation may do both at once
+        return functions.allocate_(scores, budget, lora_E)
+    mask = functions.select(scores, budget)
+    functions.apply_mask_(mask, lora_E)
+    return mask
 
 
 def select_triplets(scores: Tensor, budget: Tensor) -> Tensor:
@@ -51,7 +67,28 @@ def apply_mask_(mask: Tensor, lora_E: list[Tensor]) -> None:
     Raises:
         ValueError: the mask has another length.
     """
-    total = sum(values.shape[0] for values in lora_E)
-    if mask.shape != (total,):
-        raise ValueError(f"the mask is {tuple(mask.shape)}, the matrices have {total} triplets")
+    _check_length("mask", mask, lora_E)
     torch.ops.adalora_fast.allocation_apply_mask_(mask, lora_E)
+
+
+def allocate_(scores: Tensor, budget: Tensor, lora_E: list[Tensor]) -> Tensor:
+    """:func:`select_triplets`, then :func:`apply_mask_`, as one op.
+
+    Args:
+        scores, budget: as in :func:`select_triplets`.
+        lora_E: Λ of every matrix [r, 1]; their ranks sum to T.
+
+    Returns:
+        [T] bool mask of the kept triplets.
+
+    Raises:
+        ValueError: there are more or fewer scores than triplets.
+    """
+    _check_length("score vector", scores, lora_E)
+    return torch.ops.adalora_fast.allocation_allocate_(scores, budget, lora_E)
+
+
+def _check_length(what: str, given: Tensor, lora_E: list[Tensor]) -> None:
+    total = sum(values.shape[0] for values in lora_E)
+    if given.shape != (total,):
+        raise ValueError(f"the {what} is {tuple(given.shape)}, the matrices have {total} triplets")

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from adalora_fast.ops import backend
-from adalora_fast.ops.importance import reference
+from adalora_fast.ops.importance import native, reference
 from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
 from adalora_fast.ops.library import define
+from adalora_fast.ops.native import cpu_refusal
 
 __all__ = ["SIGNALS", "SMOOTHINGS", "importance_scores", "importance_update_", "layout_of", "statistic_names"]
 
 backend.register("importance", "reference", reference)
+backend.register("importance", "cpu", native, cpu_refusal)
 
 
 @define(

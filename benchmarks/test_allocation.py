@@ -1,0 +1,117 @@
+"""Allocation on a CPU: scoring all triplets, selecting and masking; C++, the reference, and PEFT's own loop.
+
+    pytest benchmarks/test_allocation.py
+    python -m benchmarks.test_allocation [--rounds 30] [--threads 1] [--json FILE]
+
+The adapters of DeBERTa-v3-base: 72 linears, r = 16, so 1,152 triplets of which half are kept. PEFT's
+mask_to_budget does the same three things (and keeps fewer on ties). Selection alone is timed at 1,152 and at
+65,536 triplets beside it. The second form lets all take turns.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from adalora_fast.environment import environment, write_json
+from adalora_fast.ops import allocate_, backend, importance_scores, importance_update_, select_triplets
+from adalora_fast.ops.allocation import reference as plain_allocation
+from adalora_fast.ops.importance import layout_of, reference, statistic_names
+from benchmarks.adapters import RANK, SHAPES, make_parameters, peft_allocator
+from benchmarks.turns import figures, show, take_turns
+
+SCORE, SMOOTHING = "sensitivity", "ema_uncertainty"
+TRIPLETS = RANK * len(SHAPES)
+KEPT = TRIPLETS // 2
+
+
+def whole() -> dict[str, Callable[[], object]]:
+    """Score, select and mask, from the same statistics."""
+    parameters = make_parameters()
+    allocator, model = peft_allocator(parameters)
+    allocator.update_ipt(model)
+    statistics = torch.zeros(len(statistic_names(SCORE, SMOOTHING)), layout_of(parameters, SCORE).size)
+    updates = torch.zeros(len(parameters), dtype=torch.int64)
+    with torch.no_grad():
+        importance_update_(parameters, [p.grad for p in parameters], statistics, updates, SCORE, SMOOTHING)
+    budget, lambdas = torch.tensor(KEPT), parameters[1::3]
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        return allocate_(importance_scores(parameters, statistics, SCORE, SMOOTHING), budget, lambdas)
+
+    @torch.no_grad()
+    def plain() -> torch.Tensor:
+        scores = reference.triplet_scores(parameters, statistics, SCORE, SMOOTHING)
+        mask = plain_allocation.select(scores, budget)
+        plain_allocation.apply_mask_(mask, lambdas)
+        return mask
+
+    return {"peft": lambda: allocator.mask_to_budget(model, KEPT), "reference": plain, "cpu": ours}
+
+
+def selection(triplets: int) -> dict[str, Callable[[], object]]:
+    """The mask of the best half."""
+    scores = torch.rand(triplets, generator=torch.Generator().manual_seed(0))
+    budget = torch.tensor(triplets // 2)
+    return {
+        "reference": lambda: plain_allocation.select(scores, budget),
+        "cpu": lambda: select_triplets(scores, budget),
+    }
+
+
+def gate(running: dict[str, Callable[[], object]]) -> None:
+    """No time is reported for a result that is wrong: there are no ties here, so that PEFT agrees too."""
+    chosen = backend.choose("allocation", "cpu")
+    assert chosen.backend == "cpu", chosen.reasons
+    mask = running["cpu"]()
+    assert torch.equal(mask, running["reference"]())
+    if "peft" in running:
+        pattern = running["peft"]()
+        assert [kept for name in sorted(pattern) for kept in pattern[name]] == mask.tolist()
+
+
+@pytest.mark.parametrize("name", ["peft", "reference", "cpu"])
+def test_allocation(benchmark, name):
+    running = whole()
+    gate(running)
+    benchmark(running[name])
+
+
+@pytest.mark.parametrize("triplets", [TRIPLETS, 65536])
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_selection(benchmark, name, triplets):
+    running = selection(triplets)
+    gate(running)
+    benchmark(running[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")
+    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data = {"benchmark": "allocation", "environment": environment(), "threads": arguments.threads}
+    results = {}
+    for title, running, baseline in (
+        (f"score, select and mask {TRIPLETS:,} triplets", whole(), "peft"),
+        (f"select among {TRIPLETS:,} triplets", selection(TRIPLETS), "reference"),
+        ("select among 65,536 triplets", selection(65536), "reference"),
+    ):
+        gate(running)
+        times = take_turns(running, arguments.rounds)
+        found = figures(times, baseline)
+        show(f"{title}, {arguments.threads} thread(s)", found)
+        results[title] = {"figures": found, "milliseconds": times}
+    if arguments.json:
+        write_json(arguments.json, {**data, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The importance update of DeBERTa-v3-base's adapters on a CPU: C++, the reference, and PEFT's own loop.
+
+    pytest benchmarks/test_importance.py
+    python -m benchmarks.test_importance [--rounds 30] [--threads 1] [--json FILE]
+
+72 adapted linears, r = 16, float32: 2.66 million entries in 216 parameters, sensitivity with
+ema_uncertainty, which is what PEFT computes. The floor reads weight and gradient, and reads and writes two
+statistics: 24 bytes an entry. The C++ kernel reads weights and gradients twice, since a step that overflowed
+may change nothing. The second form lets all take turns, with a copy that moves as many bytes as the floor.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from adalora_fast.environment import environment, write_json
+from adalora_fast.ops import backend, importance_update_
+from adalora_fast.ops.importance import layout_of, reference, statistic_names
+from benchmarks.adapters import make_parameters, peft_allocator
+from benchmarks.turns import figures, show, take_turns
+
+SCORE, SMOOTHING, BETA = "sensitivity", "ema_uncertainty", 0.85
+BYTES_PER_ENTRY = 24
+
+
+def contestants() -> dict[str, Callable[[], object]]:
+    """PEFT's loop, the reference and the op, each with statistics of its own over the same parameters."""
+    parameters = make_parameters()
+    grads = [parameter.grad for parameter in parameters]
+    size = layout_of(parameters, SCORE).size
+    allocator, model = peft_allocator(parameters, BETA)
+
+    def ours(update: Callable) -> Callable[[], torch.Tensor]:
+        statistics = torch.zeros(len(statistic_names(SCORE, SMOOTHING)), size)
+        updates = torch.zeros(len(parameters), dtype=torch.int64)
+
+        def run() -> torch.Tensor:
+            with torch.no_grad():
+                update(parameters, grads, statistics, updates, SCORE, SMOOTHING, BETA, BETA)
+            return statistics
+
+        return run
+
+    source, target = torch.ones(size * BYTES_PER_ENTRY // 8), torch.zeros(size * BYTES_PER_ENTRY // 8)
+    return {
+        "peft": lambda: allocator.update_ipt(model),
+        "reference": ours(reference.update_),
+        "cpu": ours(importance_update_),
+        "copy": lambda: target.copy_(source),
+    }
+
+
+def gate(running: dict[str, Callable[[], object]]) -> None:
+    """No time is reported for a result that is wrong."""
+    chosen = backend.choose("importance", "cpu")
+    assert chosen.backend == "cpu", chosen.reasons
+    torch.testing.assert_close(running["cpu"](), running["reference"](), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["peft", "reference", "cpu", "copy"])
+def test_importance_update(benchmark, name):
+    running = contestants()
+    gate(running)
+    benchmark(running[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")
+    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    running = contestants()
+    gate(running)
+    times = take_turns(running, arguments.rounds)
+    found = figures(times, "peft")
+    size = layout_of(make_parameters(), SCORE).size
+    rates = {name: BYTES_PER_ENTRY * size / figure["median_ms"] / 1e6 for name, figure in found.items()}
+    show(f"importance update of {size:,} entries, {arguments.threads} thread(s)", found)
+    print("GB/s of the floor's bytes:", {name: round(rate, 1) for name, rate in rates.items()})
+    if arguments.json:
+        data = {"benchmark": "importance", "environment": environment(), "threads": arguments.threads}
+        data |= {"entries": size, "floor_bytes": BYTES_PER_ENTRY * size, "figures": found}
+        write_json(arguments.json, {**data, "gigabytes_per_second": rates, "milliseconds": times})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Running a module's tests once per backend of an op."""
+
+import os
+
+import pytest
+
+from adalora_fast.ops import backend
+
+
+def force(name: str) -> None:
+    """Choose ``name`` for every op, as the environment variable does; "auto" undoes it."""
+    os.environ[backend.VARIABLE] = name
+    backend.choose.cache_clear()
+    backend.kernel.cache_clear()
+
+
+def each_backend(op: str, *names: str):
+    """An automatic fixture for a test module: all its tests, once with each of the backends ``names``."""
+
+    @pytest.fixture(scope="module", params=names, autouse=True)
+    def backend_in_use(request):
+        before = os.environ.get(backend.VARIABLE, "auto")
+        reason = backend._refusal(op, request.param, "cpu")
+        if reason is not None:
+            pytest.skip(reason)
+        force(request.param)
+        yield request.param
+        force(before)
+
+    return backend_in_use
