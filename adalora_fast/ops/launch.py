@@ -7,6 +7,7 @@ launched, tests count launches.
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -36,6 +37,18 @@ def observed(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observer = before
+
+
+class lazy_module:
+    """The module ``name``, imported when one of its functions is first asked for, so that importing the
+    package neither needs Triton nor pays for it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(import_module(self._name), attribute)
 
 
 @cache

@@ -5,7 +5,7 @@ once.
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.importance import reference
 from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
 from adalora_fast.ops.library import define
@@ -13,6 +13,7 @@ from adalora_fast.ops.library import define
 __all__ = ["SIGNALS", "SMOOTHINGS", "importance_scores", "importance_update_", "layout_of", "statistic_names"]
 
 backend.register("importance", "reference", reference)
+backend.register("importance", "triton", launch.lazy_module(f"{__name__}.triton"), launch.refusal)
 
 
 @define(

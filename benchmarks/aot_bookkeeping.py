@@ -1,0 +1,78 @@
+"""Compile every specialisation of the importance, orthogonality and allocation kernels without a GPU.
+
+    python -m benchmarks.aot_bookkeeping [--op importance]
+
+Prints registers, shared memory and spill bytes of each, and fails if one spills or needs more shared memory
+than a block can have.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
+from adalora_fast.ops.launch import lazy_module
+from benchmarks.aot import SHARED_LIMIT, Compiler, Resources, compile_launches, environment
+
+importance = lazy_module("adalora_fast.ops.importance.triton")  # after benchmarks.aot, which decides how
+
+
+def _model(rank: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """A_0, E_0, B_0, ... of two matrices, without storage."""
+    shapes = [(768, 768), (768, 3072)]
+    return [
+        torch.empty(shape, dtype=dtype, device="meta")
+        for width, height in shapes
+        for shape in ((rank, width), (rank, 1), (height, rank))
+    ]
+
+
+def launch_importance() -> None:
+    for rank in (16, 3):  # aligned and not
+        for score in SIGNALS:
+            for smoothing in SMOOTHINGS:
+                parameters = _model(rank)
+                size = layout_of(parameters, score).size
+                statistics = torch.empty(len(statistic_names(score, smoothing)), size, device="meta")
+                updates = torch.empty(len(parameters), dtype=torch.int64, device="meta")
+                importance.update_(parameters, parameters, statistics, updates, score, smoothing, 0.85, 0.85)
+                importance.triplet_scores(parameters, statistics, score, smoothing)
+
+
+LAUNCHES = {"importance": launch_importance}
+
+
+def complaint(found: Resources) -> str:
+    """What is wrong with a compiled kernel, or nothing."""
+    if found.spills:
+        return f"spills {found.spills} bytes"
+    if found.shared > SHARED_LIMIT[found.arch]:
+        return f"needs {found.shared} bytes of shared memory"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", choices=tuple(LAUNCHES), action="append", help="these alone; all by default")
+    arguments = parser.parse_args()
+    compiler = Compiler()
+    for op in arguments.op or LAUNCHES:
+        compile_launches(LAUNCHES[op], compiler)
+    print(*(f"{name} {version}" for name, version in environment().items()))
+    print(f"{'kernel':24}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'spills':>7}  constants")
+    bad = 0
+    for found in sorted(compiler.found.values(), key=lambda r: (r.kernel, r.arch, r.constants)):
+        bad += bool(wrong := complaint(found))
+        print(
+            f"{found.kernel:24}{found.arch:>4}{found.warps:>6}{found.registers:>10}{found.shared:>8}"
+            f"{found.spills:>7}  {found.constants}  {wrong}".rstrip()
+        )
+    print(f"{len(compiler.found)} compiled, {bad} refused")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
