@@ -17,6 +17,9 @@ from benchmarks.aot import SHARED_LIMIT, Compiler, Resources, compile_launches, 
 
 importance = lazy_module("adalora_fast.ops.importance.triton")  # after benchmarks.aot, which decides how
 
+orthogonality = lazy_module("adalora_fast.ops.orthogonality.triton")
+allocation = lazy_module("adalora_fast.ops.allocation.triton")
+
 
 def _model(rank: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """A_0, E_0, B_0, ... of two matrices, without storage."""
@@ -40,7 +43,33 @@ def launch_importance() -> None:
                 importance.triplet_scores(parameters, statistics, score, smoothing)
 
 
-LAUNCHES = {"importance": launch_importance}
+def launch_orthogonality() -> None:
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    cases = [((rank,), (dtype,)) for rank in (12, 16, 32, 64, 128) for dtype in (float32, bfloat16)]
+    cases += [
+        ((16,), (float16,)),
+        ((8, 16), (float32,)),
+        ((3, 100), (float32,)),
+        ((3, 100), (float32, bfloat16)),
+    ]
+    for ranks, dtypes in cases:
+        model = [factor for rank in ranks for dtype in dtypes for factor in _model(rank, dtype)]
+        for penalty, with_grad in (("fro", True), ("fro", False), ("squared", True)):
+            orthogonality.loss(model[0::3], model[2::3], penalty, with_grad)
+
+
+def launch_allocation() -> None:
+    budget = torch.empty((), dtype=torch.int64, device="meta")
+    for count in (50, 100, 200, 500, 1152, 3000, 8000, 16384, 65536):
+        allocation.select(torch.empty(count, device="meta"), budget)
+    allocation.apply_mask_(torch.empty(32, dtype=torch.bool, device="meta"), _model(16)[1::3])
+
+
+LAUNCHES = {
+    "importance": launch_importance,
+    "orthogonality": launch_orthogonality,
+    "allocation": launch_allocation,
+}
 
 
 def complaint(found: Resources) -> str:

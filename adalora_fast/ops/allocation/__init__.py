@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.allocation import reference
 from adalora_fast.ops.library import define
 
 backend.register("allocation", "reference", reference)
+backend.register("allocation", "triton", launch.lazy_module(f"{__name__}.triton"), launch.refusal)
 
 
 @define(

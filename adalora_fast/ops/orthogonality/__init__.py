@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.library import define, define_gradient, without_autocast
 from adalora_fast.ops.orthogonality import reference
 from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
@@ -11,6 +11,7 @@ from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
 PENALTIES = ("fro", "squared")
 
 backend.register("orthogonality", "reference", reference)
+backend.register("orthogonality", "triton", launch.lazy_module(f"{__name__}.triton"), launch.refusal)
 
 
 def _fake(lora_A, lora_B, penalty, with_grad):
