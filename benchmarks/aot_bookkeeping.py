@@ -1,6 +1,6 @@
 """Compile every specialisation of the importance, orthogonality and allocation kernels without a GPU.
 
-    python -m benchmarks.aot_bookkeeping [--op importance]
+    python -m benchmarks.aot_bookkeeping [--op importance] [--sample]
 
 Prints registers, shared memory and spill bytes of each, and fails if one spills or needs more shared memory
 than a block can have.
@@ -8,6 +8,7 @@ than a block can have.
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
@@ -31,19 +32,20 @@ def _model(rank: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     ]
 
 
-def launch_importance() -> None:
-    for rank in (16, 3):  # aligned and not
-        for score in SIGNALS:
-            for smoothing in SMOOTHINGS:
-                parameters = _model(rank)
-                size = layout_of(parameters, score).size
-                statistics = torch.empty(len(statistic_names(score, smoothing)), size, device="meta")
-                updates = torch.empty(len(parameters), dtype=torch.int64, device="meta")
-                importance.update_(parameters, parameters, statistics, updates, score, smoothing, 0.85, 0.85)
-                importance.triplet_scores(parameters, statistics, score, smoothing)
+def launch_importance(sample: bool) -> None:
+    cases = [(score, smoothing, rank) for rank in (16, 3) for score in SIGNALS for smoothing in SMOOTHINGS]
+    if sample:  # aligned, and not
+        cases = [("sensitivity", "ema_uncertainty", 16), ("gsnr", "ema_uncertainty", 3)]
+    for score, smoothing, rank in cases:
+        parameters = _model(rank)
+        size = layout_of(parameters, score).size
+        statistics = torch.empty(len(statistic_names(score, smoothing)), size, device="meta")
+        updates = torch.empty(len(parameters), dtype=torch.int64, device="meta")
+        importance.update_(parameters, parameters, statistics, updates, score, smoothing, 0.85, 0.85)
+        importance.triplet_scores(parameters, statistics, score, smoothing)
 
 
-def launch_orthogonality() -> None:
+def launch_orthogonality(sample: bool) -> None:
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     cases = [((rank,), (dtype,)) for rank in (12, 16, 32, 64, 128) for dtype in (float32, bfloat16)]
     cases += [
@@ -52,15 +54,15 @@ def launch_orthogonality() -> None:
         ((3, 100), (float32,)),
         ((3, 100), (float32, bfloat16)),
     ]
-    for ranks, dtypes in cases:
+    for ranks, dtypes in cases[2:3] if sample else cases:
         model = [factor for rank in ranks for dtype in dtypes for factor in _model(rank, dtype)]
-        for penalty, with_grad in (("fro", True), ("fro", False), ("squared", True)):
+        for penalty, with_grad in (("fro", True), ("fro", False), ("squared", True))[: 1 if sample else 3]:
             orthogonality.loss(model[0::3], model[2::3], penalty, with_grad)
 
 
-def launch_allocation() -> None:
+def launch_allocation(sample: bool) -> None:
     budget = torch.empty((), dtype=torch.int64, device="meta")
-    for count in (50, 100, 200, 500, 1152, 3000, 8000, 16384, 65536):
+    for count in (1152, 65536) if sample else (50, 100, 200, 500, 1152, 3000, 8000, 16384, 65536):
         allocation.select(torch.empty(count, device="meta"), budget)
     allocation.apply_mask_(torch.empty(32, dtype=torch.bool, device="meta"), _model(16)[1::3])
 
@@ -86,10 +88,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", choices=tuple(LAUNCHES), action="append", help="these alone; all by default")
+    parser.add_argument("--sample", action="store_true", help="a few specialisations, for a quick look")
     arguments = parser.parse_args()
     compiler = Compiler()
     for op in arguments.op or LAUNCHES:
-        compile_launches(LAUNCHES[op], compiler)
+        compile_launches(partial(LAUNCHES[op], arguments.sample), compiler)
     print(*(f"{name} {version}" for name, version in environment().items()))
     print(f"{'kernel':24}{'sm':>4}{'warps':>6}{'registers':>10}{'shared':>8}{'spills':>7}  constants")
     bad = 0

@@ -16,14 +16,18 @@ from torch import Tensor
 TYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as `entries.load_entries` reads them
 
 
-def table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a one-dimensional tensor on ``device``, ready for what the current stream runs next."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _table(values, dtype, device, stream)
+Place = tuple[torch.device, int]  # a device and one of its streams: a table is ready for that stream alone
+
+
+def place_on(device: torch.device) -> Place:
+    """The device and its current stream."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @lru_cache(maxsize=64)
-def _table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
+def table(values: tuple[int, ...], dtype: torch.dtype, place: Place) -> Tensor:
+    """``values`` as a one-dimensional tensor, ready for what the place's stream runs next."""
+    device, _ = place
     on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 

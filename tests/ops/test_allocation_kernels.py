@@ -33,13 +33,13 @@ def streamed(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_budget(dtype):
     scores = torch.randn(33, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for budget in (-3, 0, 1, 2, 16, 31, 32, 33, 34, 10**6):
+    for budget in (-3, 0, 1, 16, 32, 33, 10**6):
         kept = select(scores, budget, dtype)
         assert sum(kept) == min(max(budget, 0), 33) and kept == oracle(scores.tolist(), budget)
 
 
 @pytest.mark.parametrize("value", [0.0, -2.5, INF, -INF, NAN], ids=str)
-@pytest.mark.parametrize("count", [1, 7, 64, 65])
+@pytest.mark.parametrize("count", [1, 65])
 def test_all_equal_keeps_the_first(value, count):
     for budget in (0, 1, count // 2, count):
         assert select([value] * count, budget) == [True] * budget + [False] * (count - budget)
@@ -52,16 +52,16 @@ def test_zeros_of_both_signs_are_equal_and_not_a_number_is_the_lowest():
     assert select([1.0, INF, -INF, INF], 2) == [False, True, False, True]
 
 
-@pytest.mark.parametrize("budget", [0, 1, 70, 150, 199, 200])
+@pytest.mark.parametrize("budget", [1, 70, 100])
 def test_streamed(streamed, budget):
     generator = torch.Generator().manual_seed(3)
-    ties = torch.randint(0, 4, (200,), generator=generator).float()
+    ties = torch.randint(0, 4, (100,), generator=generator).float()
     assert select(ties, budget) == oracle(ties.tolist(), budget)
-    distinct = torch.randn(200, generator=generator)
+    distinct = torch.randn(100, generator=generator)
     assert select(distinct, budget) == oracle(distinct.tolist(), budget)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     scores=st.lists(
         st.one_of(st.sampled_from([*SPECIAL, NAN]), st.floats(width=32), st.integers(-3, 3).map(float)),
@@ -78,7 +78,7 @@ def test_against_sorting(scores, budget):
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     ranks=st.lists(st.integers(0, 5), min_size=1, max_size=8),
     share=st.floats(0, 1),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adalora_fast.ops import backend, orthogonality, tables
+from adalora_fast.ops.launch import is_interpreted
 from adalora_fast.ops.orthogonality import reference
 from tests.ops.kernels import DEVICE, counted, needs_triton, poisoned
 from tests.ops.test_orthogonality import PENALTIES, make_factors, naive, with_gradients
@@ -46,13 +47,15 @@ def parts(functions, lora_A, lora_B, penalty):
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_relative_rule(penalty, dtype):
+    if dtype == torch.bfloat16 and is_interpreted():
+        pytest.skip("the interpreter cuts bfloat16 off where hardware rounds; see the next test")
     rule = RelativeRule(dtype)
     for seed in range(2):
-        lora_A, lora_B = make(SHAPES[2:4] + SHAPES[5:], dtype, seed)
+        lora_A, lora_B = make(((63, 8, 20), (9, 12, 65)), dtype, seed)
         with poisoned(), counted() as names:
             value, grads = parts(kernels, lora_A, lora_B, penalty)
         assert names == ["gram_kernel", "gradient_kernel"]
-        plain_value, plain = with_gradients(naive, *[[t.cpu() for t in s] for s in (lora_A, lora_B)], penalty)
+        _, plain = with_gradients(naive, *[[t.cpu() for t in s] for s in (lora_A, lora_B)], penalty)
         wide = [[t.cpu().double() for t in side] for side in (lora_A, lora_B)]
         exact_value, exact = with_gradients(naive, *wide, penalty)
         assert value.dtype == torch.float32, "the value is in float32"
@@ -62,10 +65,19 @@ def test_relative_rule(penalty, dtype):
     rule.check()
 
 
+@pytest.mark.skipif(not is_interpreted(), reason="hardware rounds; the relative rule applies there")
+def test_bfloat16_gradients_are_the_float32_ones_cut_off():
+    narrow = make(((63, 8, 20), (9, 12, 65)), torch.bfloat16)
+    value, grads = parts(kernels, *narrow, "fro")
+    wide_value, wide = parts(kernels, *[[t.float() for t in side] for side in narrow], "fro")
+    assert torch.equal(value, wide_value)
+    for got, full in zip(grads, wide, strict=True):
+        assert torch.equal(got.view(torch.int16), (full.view(torch.int32) >> 16).to(torch.int16))
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("shapes", [
-    SHAPES, ((1, 1, 1),), ((70, 16, 64),), ((33, 33, 65), (40, 17, 20)), ((20, 64, 66),),
-    ((130, 100, 40), (7, 3, 9)), ((16, 128, 16),),
+    SHAPES, ((1, 1, 1),), ((70, 16, 64),), ((33, 33, 65), (40, 17, 20)), ((70, 100, 40), (7, 3, 9)),
 ], ids=str)  # fmt: skip
 def test_value_and_gradient(shapes, penalty):
     lora_A, lora_B = make(shapes)
@@ -126,8 +138,8 @@ def test_without_gradients_none_is_computed():
         with poisoned(), counted() as names:
             value, stacks = kernels.loss(lora_A, lora_B, penalty, False)
         assert stacks == [] and names == ["gram_kernel", "gradient_kernel"]
-        assert_accurate(value.cpu(), naive(*[[t.cpu().double() for t in s] for s in (lora_A, lora_B)], penalty),
-                        torch.float32)  # fmt: skip
+        wide = [[t.cpu().double() for t in side] for side in (lora_A, lora_B)]
+        assert_accurate(value.cpu(), naive(*wide, penalty), torch.float32)
 
 
 def test_ranks_of_zero_only():
@@ -137,7 +149,7 @@ def test_ranks_of_zero_only():
 
 
 def test_many_layers_are_still_two_launches():
-    lora_A, lora_B = make(((3, 2, 2),) * 60)
+    lora_A, lora_B = make(((3, 2, 2),) * 30)
     with poisoned(), counted() as names:
         value, grads = parts(kernels, lora_A, lora_B, "fro")
     assert names == ["gram_kernel", "gradient_kernel"]

@@ -1,9 +1,9 @@
 """Selection of the budget's triplets in Triton: one program, no sorting, no atomics.
 
 The b highest of T scores are those above a threshold, and of the scores equal to it the first few. Both are
-found by bisection (``reference.py`` has the rule; arXiv 2303.10512, eq. 5 and 6). A score is mapped to an integer
-in the same order (NaN to -inf, -0 to 0), a triplet's key is (score, lower position first), and with all keys
-different::
+found by bisection (``reference.py`` has the rule; arXiv 2303.10512, eq. 5 and 6). A score is mapped to an
+integer in the same order (NaN to -inf, -0 to 0), a triplet's key is (score, lower position first), and with
+all keys different::
 
     threshold = the largest v with |{key >= v}| >= b        kept = {key >= threshold}
 
@@ -79,8 +79,8 @@ def select_kernel(
 
 @triton.jit
 def zero_kernel(matrices, mask, BLOCK: tl.constexpr):
-    """λ ← 0 outside the mask, one program a matrix; a row of ``matrices`` is [address of Λ, bytes from one λ to
-    the next, bytes of one, rank, first triplet].
+    """λ ← 0 outside the mask, one program a matrix; a row of ``matrices`` is [address of Λ, bytes from one λ
+    to the next, bytes of one, rank, first triplet].
     """
     row = matrices + tl.program_id(0) * 5
     address = tl.load(row)

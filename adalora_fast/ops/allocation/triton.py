@@ -47,7 +47,7 @@ def apply_mask_(mask: Tensor, lora_E: list[Tensor]) -> None:
         size = values.element_size()
         rows += [values.data_ptr(), values.stride(0) * size, size, values.shape[0], first]
         first += values.shape[0]
-    matrices = tables.table(tuple(rows), torch.int64, mask.device)
+    matrices = tables.table(tuple(rows), torch.int64, tables.place_on(mask.device))
     with tables.on_device(mask.device):
         launch(
             kernels.zero_kernel, (len(lora_E),), matrices, mask.contiguous().view(torch.uint8),

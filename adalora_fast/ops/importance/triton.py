@@ -45,8 +45,9 @@ def update_(
     device = statistics.device
     weights = [parameter.contiguous() for parameter in parameters]
     gradients = [None if grad is None else grad.contiguous() for grad in grads]
-    located, whole = _located(weights, gradients, device)
-    chunks, n_chunks, even = _chunks(layout, device)
+    place = tables.place_on(device)
+    located, whole = _located(weights, gradients, place)
+    chunks, n_chunks, even = _chunks(layout, place)
     aligned = whole and even and statistics.stride(0) % 4 == 0 and statistics.data_ptr() % 16 == 0
     n_flags = max(min(n_chunks, FLAGS), 1)
     flags = updates.new_empty(n_flags, dtype=torch.int32)
@@ -76,7 +77,7 @@ def triplet_scores(parameters: list[Tensor], statistics: Tensor, score: str, smo
         tables.say_once("importance", reason)
         return reference.triplet_scores(parameters, statistics, score, smoothing)
     shapes = tuple(tuple(parameter.shape) for parameter in parameters)
-    slices, n_slices = _slices(layout, shapes, statistics.device)
+    slices, n_slices = _slices(layout, shapes, tables.place_on(statistics.device))
     scores = statistics.new_empty(sum(layout.ranks))
     if n_slices:
         with tables.on_device(statistics.device):
@@ -104,7 +105,7 @@ def _unfit_types(tensors: list[Tensor | None]) -> str | None:
 
 
 def _located(
-    weights: list[Tensor], gradients: list[Tensor | None], device: torch.device
+    weights: list[Tensor], gradients: list[Tensor | None], place: tables.Place
 ) -> tuple[Tensor, bool]:
     """(addresses of weights, of gradients, and type codes [3, N] flat; whether all are aligned)."""
     codes = tables.TYPE_CODES
@@ -116,11 +117,11 @@ def _located(
         codes[weight.dtype] + 4 * (MISSING if gradient is None else codes[gradient.dtype])
         for weight, gradient in zip(weights, gradients, strict=True)
     )
-    return tables.table((*addresses, *types), torch.int64, device), tables.is_aligned(addresses)
+    return tables.table((*addresses, *types), torch.int64, place), tables.is_aligned(addresses)
 
 
 @lru_cache(maxsize=32)
-def _chunks(layout: Layout, device: torch.device) -> tuple[Tensor, int, bool]:
+def _chunks(layout: Layout, place: tables.Place) -> tuple[Tensor, int, bool]:
     """(rows of [parameter, offset, column, length], how many, whether columns allow 16-byte access)."""
     rows = [
         (parameter, offset, start + offset, min(CHUNK, size - offset))
@@ -131,11 +132,11 @@ def _chunks(layout: Layout, device: torch.device) -> tuple[Tensor, int, bool]:
     ]
     even = all(column % 4 == 0 and length % 4 == 0 for _, _, column, length in rows)
     flat = tuple(value for row in rows or [(0, 0, 0, 0)] for value in row)
-    return tables.table(flat, torch.int32, device), len(rows), even
+    return tables.table(flat, torch.int32, place), len(rows), even
 
 
 @lru_cache(maxsize=32)
-def _slices(layout: Layout, shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, int]:
+def _slices(layout: Layout, shapes: tuple[tuple[int, int], ...], place: tables.Place) -> tuple[Tensor, int]:
     """(rows of [column of A, of E, of B, in, out, rank, first triplet, position], how many)."""
     columns = [0] * len(shapes)
     for group in layout.groups:
@@ -148,4 +149,4 @@ def _slices(layout: Layout, shapes: tuple[tuple[int, int], ...], device: torch.d
         for first in range(0, rank, TRIPLETS):
             rows.append((*columns[3 * matrix : 3 * matrix + 3], width, height, rank, first, position + first))
         position += rank
-    return tables.table(tuple(value for row in rows for value in row), torch.int32, device), len(rows)
+    return tables.table(tuple(value for row in rows for value in row), torch.int32, place), len(rows)

@@ -58,7 +58,11 @@ def _gradient(ctx, grad, *_):
         raise RuntimeError(
             "this orthogonality loss was made with with_grad=False and cannot be differentiated"
         )
-    stacks = [grad * stack for stack in ctx.saved_tensors]
+    stacks = list(ctx.saved_tensors)
+    if all(stack.dtype == grad.dtype for stack in stacks):
+        stacks = list(torch._foreach_mul(stacks, grad))  # one launch on a GPU
+    else:
+        stacks = [grad * stack for stack in stacks]
     groups_A, groups_B = ctx.groups
     return (
         per_factor(stacks[: len(groups_A)], groups_A),

@@ -8,13 +8,14 @@ arXiv 2303.10512, eq. 4), in float32, without tf32::
                dR/dX_c = slope G X_c              R = Σ ‖G‖_F / 2n  or  Σ ‖G‖²_F
 
 Every program of a factor sums its partials again, in the same order: reading r² numbers costs less than a
-launch. The factor's first program adds its norm; the one that comes last sums them all in their order, so that
-results do not depend on the schedule. The only atomic counts those that have come.
+launch. The factor's first program adds its norm; the one that comes last sums them all in their order, so
+that results do not depend on the schedule. The only atomic counts those that have come.
 
-A product in full float32 keeps its inner dimension in registers: it is cut into slices of K. Legend: R the rank
-padded to a power of two of at least 16; BLOCK of its rows are one program's; F factors; a row of ``segments`` is
-[factor, is lora_B, rank, width, first column, first partial of the factor, how many], one for each chunk;
-``located`` [3, F] the factors' addresses, their gradients' and the type codes (factor + 4 * gradient).
+A product in full float32 keeps its inner dimension in registers: it is cut into slices of K. Legend: R the
+rank padded to a power of two of at least 16; BLOCK of its rows are one program's; F factors; a row of
+``segments`` is [factor, is lora_B, rank, width, first column, first partial of the factor, how many], one for
+each chunk; ``located`` [3, F] the factors' addresses, their gradients' and the type codes (factor + 4 *
+gradient).
 """
 
 import triton

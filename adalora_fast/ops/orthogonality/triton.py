@@ -35,15 +35,16 @@ def loss(
         tables.say_once("orthogonality", reason)
         return reference.loss(lora_A, lora_B, penalty, with_grad)
     device = lora_A[0].device
+    place = tables.place_on(device)
     factors = [factor.contiguous() for factor in (*lora_A, *lora_B)]
     stacks, gradients = _stacks(lora_A, lora_B) if with_grad else ([], [(0, f.dtype) for f in factors])
-    segments, n_segments, taken, R, rank, even = _segments(shapes_of(lora_A), shapes_of(lora_B), device)
+    segments, n_segments, taken, R, rank, even = _segments(shapes_of(lora_A), shapes_of(lora_B), place)
     if not n_segments:  # ranks of zero only
         return torch.zeros((), device=device), stacks
     codes = tables.TYPE_CODES
     addresses = (*(factors[i].data_ptr() for i in taken), *(gradients[i][0] for i in taken))
     types = [codes[factors[i].dtype] + 4 * codes[gradients[i][1]] for i in taken]
-    located = tables.table((*addresses, *types), torch.int64, device)
+    located = tables.table((*addresses, *types), torch.int64, place)
     partials = torch.empty(n_segments, R, R, device=device)
     norms = torch.empty(len(taken), device=device)
     counter = torch.empty((), dtype=torch.int32, device=device)
@@ -98,7 +99,7 @@ def _stacks(lora_A: list[Tensor], lora_B: list[Tensor]) -> tuple[list[Tensor], l
 
 @lru_cache(maxsize=32)
 def _segments(
-    shapes_A: Shapes, shapes_B: Shapes, device: torch.device
+    shapes_A: Shapes, shapes_B: Shapes, place: tables.Place
 ) -> tuple[Tensor, int, tuple[int, ...], int, int, bool]:
     """(rows of segments, how many, the factors that have triplets, R, their rank if it is one and else 0,
     whether shapes allow 16-byte access).
@@ -115,6 +116,5 @@ def _segments(
         rows += [(factor, transposed, rank, width, start, first, len(starts)) for start in starts]
     even = all(sizes[i][2] % 8 == 0 and sizes[i][1] % 8 == 0 for i in taken)
     flat = tuple(value for row in rows for value in row)
-    return (
-        tables.table(flat, torch.int32, device), len(rows), taken, R, ranks.pop() if len(ranks) == 1 else 0, even
-    )  # fmt: skip
+    rank = ranks.pop() if len(ranks) == 1 else 0
+    return tables.table(flat, torch.int32, place), len(rows), taken, R, rank, even
