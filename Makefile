@@ -81,8 +81,9 @@ bench: $(NATIVE) ## run the CPU benchmarks
 	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and write what each needs
-	$(BIN)/python -m benchmarks.aot_adapter --offered \
-	  --json benchmarks/results/aot/adapter-triton-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json
+	@version=$$($(BIN)/python -c 'import triton; print(triton.__version__)'); folder=benchmarks/results/aot; \
+	$(BIN)/python -m benchmarks.aot_bookkeeping --json $$folder/bookkeeping-triton-$$version.json; \
+	$(BIN)/python -m benchmarks.aot_adapter --offered --json $$folder/adapter-triton-$$version.json
 
 # A fresh environment, frozen. Dropped: local version suffixes (+cpu) and the CUDA libraries, which torch pins itself.
 lock: ## resolve every dependency afresh into constraints.txt

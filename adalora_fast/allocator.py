@@ -41,9 +41,11 @@ class RankAllocator:
             part.
         layers: name → function returning the layer's :class:`Factors`; None collects them from ``model``.
         finished: the layers were cut down to their final ranks already; nothing is left to prune.
+        capturable: make :meth:`step` part of a CUDA graph; not yet possible.
 
     Raises:
         ValueError, TypeError: any argument out of range, or a model without adapted layers.
+        NotImplementedError: ``capturable=True``.
     """
 
     def __init__(
@@ -63,7 +65,13 @@ class RankAllocator:
         score_gradient: str = "total",
         layers: Mapping[str, Callable[[], Factors | None]] | None = None,
         finished: bool = False,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise NotImplementedError(
+                "capturable=True needs a measured run on a GPU that shows a replayed step equal to an eager "
+                "one, and there is none yet; use capturable=False, which does not wait for the device either"
+            )
         self._layers = dict(adapted_layers(model) if layers is None else layers)
         if not self._layers:
             raise ValueError(

@@ -203,6 +203,15 @@ def faults(found: Iterable[Resources]) -> list[str]:
     return said
 
 
+def table(found: Iterable[Resources]) -> str:
+    """One line a specialisation."""
+    lines = [f"{'kernel':18}{'sm':>3}{'regs':>5}{'shared':>8}{'spills':>7} {'matrix':7}constants | types"]
+    for one in sorted(found, key=lambda one: (one.kernel, one.arch, -one.registers, one.constants)):
+        numbers = f"{one.arch:>3}{one.registers:5}{one.shared:8}{one.spills:7} {one.matrix or '-':7}"
+        lines.append(f"{one.kernel:18}{numbers}w{one.warps} s{one.stages} {one.constants} | {one.types}")
+    return "\n".join(lines)
+
+
 def summary(found: Iterable[Resources]) -> str:
     """A Markdown table: for each kernel and architecture the most that any specialisation needs."""
     lines = [

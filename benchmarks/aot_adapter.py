@@ -192,17 +192,6 @@ def costs_table() -> str:
     return "\n".join(lines)
 
 
-def table(found: list[aot.Resources]) -> str:
-    """One line a specialisation."""
-    lines = [f"{'kernel':9}{'sm':4}{'regs':>5}{'shared':>8}{'spills':>7} {'matrix':7}constants"]
-    for one in sorted(found, key=lambda one: (one.kernel, one.arch, -one.registers)):
-        numbers = f"{one.registers:5}{one.shared:8}{one.spills:7} {one.matrix or '-':7}"
-        lines.append(
-            f"{one.kernel:9}{one.arch:<4}{numbers}w{one.warps} s{one.stages} {one.constants} | {one.types}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--offered", action="store_true", help="also every tile a stored plan may name")
@@ -213,11 +202,11 @@ def main() -> int:
     kinds = [KINDS[name] for name in arguments.kinds]
     wanted = chosen(kinds) | (offered(kinds) if arguments.offered else set())
     found = aot.compile_all(wanted, arguments.workers)
-    print(table(found))
+    print(aot.table(found))
     print(aot.summary(found))
     print(costs_table())
     wrong = faults(found)
-    print(f"{len(found)} specialisations, {len(wrong)} faults", *wrong, sep="\n")
+    print(*wrong, f"{len(found)} specialisations, {len(wrong)} faults", sep="\n")
     if arguments.json:
         content = {"environment": aot.environment(), "specialisations": [one.as_row() for one in found]}
         write_json(arguments.json, content | {"costs": costs()})

@@ -1,7 +1,7 @@
 """What this machine can do at best, measured in the same run as everything that is compared with it.
 
-A floor is the larger of two times: the bytes that must move over the bandwidth of a large copy (bytes read plus
-bytes written), and the operations that must be done over the rate of a large matrix product of that type.
+A floor is the larger of two times: the bytes that must move over the bandwidth of a large copy (bytes read
+plus bytes written), and the operations that must be done over the rate of a large matrix product in its type.
 """
 
 import statistics
@@ -54,7 +54,6 @@ def measure(device: torch.device, quick: bool = False) -> Ceilings:
     source = torch.randn(2**28 if cuda else 2**24, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
-    del source, target
     size = 8192 if cuda else 768
     flops = {}
     for dtype in TYPES:

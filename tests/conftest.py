@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU; it is chosen when they are imported."""
+"""Without a GPU, Triton kernels run in its interpreter, which must be asked for before they are imported."""
 
 import os
 

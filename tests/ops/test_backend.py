@@ -44,7 +44,7 @@ def test_override(monkeypatch, op, value):
     override(monkeypatch, value)
     choice = backend.choose(op, "cpu")
     assert choice.backend == "reference"
-    assert all("ADALORA_FAST_BACKEND=reference" in r or "no" in r for r in choice.reasons.values())
+    assert all("ADALORA_FAST_BACKEND=" in r or "no" in r for r in choice.reasons.values())
 
 
 @pytest.mark.parametrize("value", ["auto", "", " ", "AUTO"])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.allocation import native, reference
 from adalora_fast.ops.library import define
 from adalora_fast.ops.native import cpu_refusal, cuda_refusal
@@ -11,6 +11,7 @@ from adalora_fast.ops.native import cpu_refusal, cuda_refusal
 backend.register("allocation", "reference", reference)
 backend.register("allocation", "cpu", native, cpu_refusal)
 backend.register("allocation", "cuda", native, cuda_refusal)
+backend.register("allocation", "triton", launch.LazyModule(f"{__name__}.triton"), launch.refusal)
 
 
 @define(

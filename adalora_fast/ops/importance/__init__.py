@@ -5,7 +5,7 @@ once.
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.importance import native, reference
 from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
 from adalora_fast.ops.library import define
@@ -15,6 +15,7 @@ __all__ = ["SIGNALS", "SMOOTHINGS", "importance_scores", "importance_update_", "
 
 backend.register("importance", "reference", reference)
 backend.register("importance", "cpu", native, cpu_refusal)
+backend.register("importance", "triton", launch.LazyModule(f"{__name__}.triton"), launch.refusal)
 
 
 @define(

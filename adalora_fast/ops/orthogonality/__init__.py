@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend
+from adalora_fast.ops import backend, launch
 from adalora_fast.ops.library import define, define_gradient, without_autocast
 from adalora_fast.ops.orthogonality import reference
 from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
@@ -11,6 +11,7 @@ from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
 PENALTIES = ("fro", "squared")
 
 backend.register("orthogonality", "reference", reference)
+backend.register("orthogonality", "triton", launch.LazyModule(f"{__name__}.triton"), launch.refusal)
 
 
 def _fake(lora_A, lora_B, penalty, with_grad):
@@ -57,7 +58,11 @@ def _gradient(ctx, grad, *_):
         raise RuntimeError(
             "this orthogonality loss was made with with_grad=False and cannot be differentiated"
         )
-    stacks = [grad * stack for stack in ctx.saved_tensors]
+    stacks = list(ctx.saved_tensors)
+    if all(stack.dtype == grad.dtype for stack in stacks):
+        stacks = list(torch._foreach_mul(stacks, grad))  # one launch on a GPU
+    else:
+        stacks = [grad * stack for stack in stacks]
     groups_A, groups_B = ctx.groups
     return (
         per_factor(stacks[: len(groups_A)], groups_A),

@@ -1,0 +1,44 @@
+"""Tables of integers on the device, made without waiting for it, for kernels over a whole model.
+
+Such a kernel finds its tensors through a table of their addresses. A table is kept by its values, so that an
+address that changed (a new gradient, a model that was moved, another optimizer) asks for another table and
+one that did not for the same: nothing can be out of date, and in a steady state nothing is copied. A copy
+goes from pinned memory and does not wait.
+"""
+
+import warnings
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+TYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as `entries.load_entries` reads them
+
+
+Place = tuple[torch.device, int]  # a device and one of its streams: a table is ready for that stream alone
+
+
+def place_on(device: torch.device) -> Place:
+    """The device and its current stream."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=64)
+def table(values: tuple[int, ...], dtype: torch.dtype, place: Place) -> Tensor:
+    """``values`` as a one-dimensional tensor, ready for what the place's stream runs next."""
+    device, _ = place
+    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
+def is_aligned(addresses: tuple[int, ...]) -> bool:
+    """Whether 16 bytes can be read at once from every address."""
+    return not any(address % 16 for address in addresses)
+
+
+@cache
+def say_once(op: str, reason: str) -> None:
+    """Warn that ``op`` runs in plain PyTorch although its kernels were chosen."""
+    warnings.warn(
+        f"{op} runs in plain PyTorch, not in its Triton kernels: {reason}", UserWarning, stacklevel=2
+    )
