@@ -1,4 +1,7 @@
-"""A registered score runs as the built-in one with the same formula does, in every situation."""
+"""A registered score runs as the built-in one with the same formula does, in every situation.
+
+It runs in plain PyTorch: bit for bit as the built-in one does there, and up to rounding as the kernels do.
+"""
 
 import copy
 
@@ -6,6 +9,8 @@ import pytest
 import torch
 
 from adalora_fast import RankAllocator, register_score, scores
+from adalora_fast.ops import backend
+from tests.ops.backends import each_backend
 from tests.small_model import (
     backward,
     kept,
@@ -16,7 +21,9 @@ from tests.small_model import (
     parameters_of,
     train,
 )
+from tests.tolerances import assert_accurate
 
+backend_in_use = each_backend("importance", "reference", "auto")
 FORMULAS = {
     "sensitivity": lambda w, g, state: (w * g).abs(),
     "movement": lambda w, g, state: -w * g,
@@ -51,7 +58,10 @@ def run_both(score, disturb=lambda model, t: False, dtype=torch.float64, **optio
             optimizer.zero_grad()
         first, second = (statistics(allocator) for _, _, allocator in runs)
         for name in first:
-            assert torch.equal(first[name], second[name]), f"step {t}: {name}"
+            if backend.wanted() == "reference" or not first[name].is_floating_point():
+                assert torch.equal(first[name], second[name]), f"step {t}: {name}"
+            else:
+                assert_accurate(first[name], second[name], dtype, factor=10, what=f"step {t}: {name}")
     assert torch.equal(lambdas(runs[0][0]), lambdas(runs[1][0]))
     assert all(tensor.isfinite().all() for tensor in first.values())
 

@@ -33,9 +33,9 @@ def refusal(library: str) -> str | None:
 
 def cpu_refusal(device_type: str) -> str | None:
     """Why the C++ kernels cannot run on a device."""
-    return "the C++ kernels run on the CPU only" if device_type != "cpu" else refusal("_C")
+    return f"the C++ kernels do not run on {device_type}" if device_type != "cpu" else refusal("_C")
 
 
 def cuda_refusal(device_type: str) -> str | None:
     """Why the CUDA kernels cannot run on a device."""
-    return "the CUDA kernels run on a GPU only" if device_type != "cuda" else refusal("_C_cuda")
+    return f"the CUDA kernels do not run on {device_type}" if device_type != "cuda" else refusal("_C_cuda")
