@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "adapter.h"
 #include "allocation.h"
 #include "importance.h"
 
@@ -81,11 +82,11 @@ int64_t columns_of(const std::vector<Place>& places) {
 }
 
 template <typename Run>
-void with_type(const Tensor& statistics, const Run& run) {
-    switch (type_of(statistics, "statistics")) {
+void with_type(const Tensor& tensor, const char* what, const Run& run) {
+    switch (type_of(tensor, what)) {
         case Type::float32: return run(float());
         case Type::float64: return run(double());
-        default: STD_TORCH_CHECK(false, "statistics must be float32 or float64");
+        default: STD_TORCH_CHECK(false, what, " must be float32 or float64");
     }
 }
 
@@ -119,7 +120,7 @@ void importance_update_(const std::vector<Tensor>& parameters,
             "gradient ", i, " has another shape than its parameter");
     }
     int64_t* counts = static_cast<int64_t*>(updates.data_ptr());
-    with_type(statistics, [&](auto type) {
+    with_type(statistics, "statistics", [&](auto type) {
         update_importance<decltype(type)>(factors, statistics_of<decltype(type)>(statistics), counts, chosen,
                                           smooth, beta1, beta2, run_parallel);
     });
@@ -134,12 +135,29 @@ Tensor importance_scores(const Tensor& statistics, const Tensor& places, int64_t
     for (size_t i = 1; i < where.size(); i += 3) triplets += where[i].rows;
     const int64_t size[] = {triplets};
     Tensor scores = torch::stable::empty({size, 1}, statistics.scalar_type());
-    with_type(statistics, [&](auto type) {
+    with_type(statistics, "statistics", [&](auto type) {
         using T = decltype(type);
         score_triplets<T>(where, statistics_of<T>(statistics), chosen, smooth,
                           static_cast<T*>(scores.data_ptr()), run_parallel);
     });
     return scores;
+}
+
+Tensor adapter_right_factor_gradients_(const Tensor& V, const Tensor& lora_A, const Tensor& lora_E) {
+    STD_TORCH_CHECK(V.dim() == 2 && lora_A.dim() == 2 && lora_A.size(0) == V.size(0) &&
+                        lora_A.size(1) == V.size(1) && lora_E.numel() == V.size(0),
+                    "V and lora_A must be [r, in], lora_E [r, 1]");
+    STD_TORCH_CHECK(lora_A.scalar_type() == V.scalar_type() && lora_E.scalar_type() == V.scalar_type() &&
+                        V.is_contiguous() && lora_A.is_contiguous() && lora_E.is_contiguous(),
+                    "V, lora_A and lora_E must be contiguous and of one type");
+    Tensor dE = torch::stable::empty(lora_E.sizes(), V.scalar_type());
+    with_type(V, "V", [&](auto type) {
+        using T = decltype(type);
+        right_factor_gradients<T>({static_cast<T*>(V.data_ptr()), static_cast<const T*>(lora_A.data_ptr()),
+                                   static_cast<const T*>(lora_E.data_ptr()), static_cast<T*>(dE.data_ptr()),
+                                   V.size(0), V.size(1)});
+    });
+    return dE;
 }
 
 int64_t integer_of(const Tensor& scalar) {
@@ -199,6 +217,7 @@ std::tuple<Tensor, Tensor> allocation_allocate_(const Tensor& scores, const Tens
 }  // namespace adalora_fast
 
 STABLE_TORCH_LIBRARY(adalora_fast_C, m) {
+    m.def("adapter_right_factor_gradients_(Tensor(a!) V, Tensor lora_A, Tensor lora_E) -> Tensor");
     m.def(
         "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, Tensor(b!) updates, "
         "Tensor places, int score, int smoothing, float beta1, float beta2) -> ()");
@@ -211,6 +230,7 @@ STABLE_TORCH_LIBRARY(adalora_fast_C, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_fast_C, CPU, m) {
+    m.impl("adapter_right_factor_gradients_", TORCH_BOX(&adalora_fast::adapter_right_factor_gradients_));
     m.impl("importance_update_", TORCH_BOX(&adalora_fast::importance_update_));
     m.impl("importance_scores", TORCH_BOX(&adalora_fast::importance_scores));
     m.impl("allocation_select", TORCH_BOX(&adalora_fast::allocation_select));

@@ -7,6 +7,7 @@
 #include <random>
 #include <thread>
 
+#include "../cpu/adapter.h"
 #include "../cpu/allocation.h"
 #include "../cpu/importance.h"
 
@@ -130,6 +131,14 @@ void check_allocation() {
 
 }  // namespace
 
+template <typename T>
+void check_adapter(int64_t rank, int64_t width) {
+    std::vector<T> V(rank * width, T(2)), A(rank * width, T(3)), E(rank, T(5)), dE(rank);
+    right_factor_gradients<T>({V.data(), A.data(), E.data(), dE.data(), rank, width});
+    require(std::count(V.begin(), V.end(), T(10)) == rank * width, "dA");
+    require(std::count(dE.begin(), dE.end(), static_cast<T>(6 * width)) == rank, "dE");
+}
+
 int main() {
     for (int64_t score = 0; score < SCORES; ++score) {
         for (int64_t smoothing = 0; smoothing < SMOOTHINGS; ++smoothing) {
@@ -138,5 +147,9 @@ int main() {
         }
     }
     check_allocation();
+    for (const int64_t width : {0, 1, 7, 8, 65}) {
+        check_adapter<float>(3, width);
+        check_adapter<double>(3, width);
+    }
     std::puts("all kernels are clean");
 }

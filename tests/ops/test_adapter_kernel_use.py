@@ -319,14 +319,15 @@ def test_float64_runs_in_plain_pytorch_and_says_so_once(function):
     assert names == [] and len(said) == 1
 
 
-def test_float64_draws_pytorchs_own_dropout():
+def test_plain_pytorch_in_the_kernels_stead_drops_what_they_would():
     case = exact_case(4, 8, 8, 2, dtype=torch.float64, factor_dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
         y = adalora_linear(*case, **DROPOUT)
     torch.manual_seed(1)
-    assert torch.equal(y, formula(*case, adapter_input=F.dropout(case.x, 0.5, True)))
+    kept = dropout.survivors(dropout.draw_seed(case.x.device), 4, 8, 0.5)
+    assert torch.equal(y, formula(*case, adapter_input=case.x * kept * 2.0))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

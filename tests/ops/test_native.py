@@ -16,6 +16,7 @@ from tests.ops.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
 
 ROOT = Path(__file__).parents[2]
 NATIVE_OPS = {
+    "adapter_right_factor_gradients_",
     "importance_update_",
     "importance_scores",
     "allocation_select",
@@ -98,6 +99,7 @@ def test_schemas(built, score):
     numbers = places_of(parameters, score), SCORE_NUMBERS[score], SMOOTHING_NUMBERS["ema"]
     lambdas = [torch.randn(3, 1), torch.randn(2, 1)]
     for op, arguments in (
+        (ops.adapter_right_factor_gradients_, [torch.randn(s) for s in ((3, 5), (3, 5), (3, 1))]),
         (ops.importance_update_, (parameters, grads, statistics, updates, *numbers, 0.9, 0.9)),
         (ops.importance_scores, (statistics + 1, *numbers)),
         (ops.allocation_select, (torch.randn(8), torch.tensor(3))),

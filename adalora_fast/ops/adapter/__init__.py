@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adalora_fast.ops import backend, launch
-from adalora_fast.ops.adapter import reference
+from adalora_fast.ops.adapter import native, reference
 from adalora_fast.ops.adapter.dropout import draw_seed
 from adalora_fast.ops.library import (
     autocast_is_on,
@@ -20,10 +20,12 @@ from adalora_fast.ops.library import (
     refuse_second_order,
     without_autocast,
 )
+from adalora_fast.ops.native import cpu_refusal
 
 PRECISIONS = ("default", "highest")
 
 backend.register("adapter", "reference", reference)
+backend.register("adapter", "cpu", native, cpu_refusal)
 backend.register("adapter", "triton", launch.LazyModule("adalora_fast.ops.adapter.triton"), launch.refusal)
 
 
@@ -34,7 +36,7 @@ def _product_dtype(x: Tensor, lora_A: Tensor, highest: bool) -> torch.dtype:
 @cache
 def _within_limits(functions: object, rank: int, dtype: torch.dtype) -> object:
     """``functions``, or the reference for an adapter that they do not compute, which is said once."""
-    if functions is reference or rank == 0:  # without a triplet there is the base alone
+    if rank == 0:  # without a triplet there is the base alone
         return reference
     reason = functions.limit(rank, dtype)
     if reason is None:
@@ -45,16 +47,14 @@ def _within_limits(functions: object, rank: int, dtype: torch.dtype) -> object:
 
 def _functions(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> object:
     """What computes an adapter whose low-rank products are of type ``dtype``."""
-    functions = backend.kernel("adapter", x.device.type)
-    if functions is reference:
-        return reference
-    return _within_limits(functions, int(lora_A.shape[0]), dtype)  # a traced rank is fixed: it is a layout
+    # A rank is fixed where it is traced: it decides the layout of what is kept for the backward.
+    return _within_limits(backend.kernel("adapter", x.device.type), int(lora_A.shape[0]), dtype)
 
 
 @torch.compiler.assume_constant_result
-def _drops_inside(device_type: str, rank: int, dtype: torch.dtype) -> bool:
+def _drops_inside(device_type: str) -> bool:
     """Whether dropout is the kernels' business; PyTorch's own draws the random numbers that PEFT draws."""
-    return _within_limits(backend.kernel("adapter", device_type), rank, dtype) is not reference
+    return backend.kernel("adapter", device_type).DROPS_INSIDE
 
 
 def _fake_saved(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -335,7 +335,7 @@ def adalora_linear(
         types = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"{types}; give them one type or use autocast")
     highest = precision == "highest"
-    dropped, seed = _dropout(x, lora_A, _product_dtype(x, lora_A, highest), dropout_p if training else 0.0)
+    dropped, seed = _dropout(x, dropout_p if training else 0.0)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
         result = F.linear(x, weight, bias)
@@ -343,13 +343,11 @@ def adalora_linear(
     return _run_linear(x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
 
 
-def _dropout(
-    x: Tensor, lora_A: Tensor, dtype: torch.dtype, dropout_p: float
-) -> tuple[Tensor | None, Tensor | None]:
+def _dropout(x: Tensor, dropout_p: float) -> tuple[Tensor | None, Tensor | None]:
     """(x after dropout, None) or (None, a seed for the kernels); (None, None) without dropout."""
     if dropout_p == 0.0:
         return None, None
-    if _drops_inside(x.device.type, int(lora_A.shape[0]), dtype):
+    if _drops_inside(x.device.type):
         return None, draw_seed(x.device)
     return F.dropout(x, dropout_p, True), None
 
@@ -390,9 +388,7 @@ def adalora_delta_(
             f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
         )
     highest = precision == "highest"
-    dropped, seed = _dropout(
-        x, lora_A, _product_dtype(result, lora_A, highest), dropout_p if training else 0.0
-    )
+    dropped, seed = _dropout(x, dropout_p if training else 0.0)
     inputs = x if dropped is None else dropped
     arguments = (result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
     if _may_write(result, x):

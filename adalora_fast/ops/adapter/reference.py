@@ -22,10 +22,14 @@ dropout, which either the caller did (``adapter_input``) or ``seed`` and ``dropo
 Products accumulate in float32 for half types (float64 for float64).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from adalora_fast.ops.adapter.dropout import survivors, survivors_scale
+
+Finish = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,6 +48,14 @@ def _add_product(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     if h.dtype == y.dtype:
         return y.addmm_(h, B.t(), alpha=scaling)
     return y.add_(_scaled_product(h, B.t(), scaling))
+
+
+DROPS_INSIDE = False  # dropout is the caller's, so that it draws PyTorch's random numbers
+
+
+def limit(rank: int, dtype: torch.dtype) -> str | None:
+    """Nothing is too much for plain PyTorch."""
+    return None
 
 
 def saved_shapes(rows: int, lora_A: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -128,6 +140,14 @@ def delta_(
     _add_product(result.view(-1, result.shape[-1]), h, _cast(lora_B, h.dtype), scaling)
 
 
+def right_factor_gradients(
+    V: Tensor, lora_A: Tensor, lora_E: Tensor, need_A: bool, need_E: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dE) of V [R, K], None where not needed; V is used up."""
+    dA = V * lora_E if need_A else None
+    return dA, V.mul_(lora_A).sum(1, keepdim=True) if need_E else None
+
+
 def backward(
     grad: Tensor,
     adapter_input: Tensor,
@@ -142,11 +162,12 @@ def backward(
     seed: Tensor | None,
     dropout_p: float,
     needs: list[bool],
+    finish: Finish | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx', dA, dE, dB); what ``needs`` (in this order) leaves out is an empty tensor.
 
     ``shared_input``: x' is x or is made of it by ``seed``, so dx carries both paths and dx' is empty.
-    ``weight`` None: no base, so dx is empty.
+    ``weight`` None: no base, so dx is empty. ``finish``: what makes dA and dE of V.
     """
     rows = grad.reshape(-1, grad.shape[-1])  # [M, N]
     inputs = adapter_input.reshape(-1, adapter_input.shape[-1])  # [M, K]
@@ -171,8 +192,6 @@ def backward(
     if need_A or need_E:
         dropped = inputs if keep is None else inputs * keep
         V = _cast(g.t() @ _cast(dropped, h.dtype), lora_A.dtype)  # [R, K]
-        if need_A:
-            dA = V * lora_E
-        if need_E:
-            dE = V.mul_(lora_A).sum(1, keepdim=True)
+        made = (finish or right_factor_gradients)(V, lora_A, lora_E, need_A, need_E)
+        dA, dE = (new if needed else old for new, old, needed in zip(made, (dA, dE), (need_A, need_E)))
     return dx, d_input, dA, dE, dB

@@ -15,6 +15,7 @@ from adalora_fast.ops.adapter.dropout import survivors_scale, threshold_of
 from adalora_fast.ops.adapter.plans import Plan, Problem
 from adalora_fast.ops.launch import launch
 
+DROPS_INSIDE = True
 MAX_RANK = 128
 GROUP = 8  # rows of tiles that share the weight's columns in L2
 REDUCE_COLUMNS, REDUCE_ROWS = 512, 64  # of dA and of dB, per program of ``reduce``

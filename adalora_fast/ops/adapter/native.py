@@ -1,0 +1,27 @@
+"""The adapter op on a CPU with the C++ library: the reference, but its backward ends in one call, not four.
+
+The products are PyTorch's; from V = gᵀ x' on, dA and dE are one pass over V (csrc/cpu/adapter.cpp).
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adalora_fast.ops.adapter import reference
+from adalora_fast.ops.adapter.reference import DROPS_INSIDE, delta, delta_, limit, linear, saved_shapes
+
+__all__ = ["DROPS_INSIDE", "backward", "delta", "delta_", "limit", "linear", "saved_shapes"]
+
+
+def right_factor_gradients(
+    V: Tensor, lora_A: Tensor, lora_E: Tensor, need_A: bool, need_E: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dE), as the reference makes them; V is used up."""
+    simple = V.dtype in (torch.float32, torch.float64) and V.is_contiguous() and lora_A.is_contiguous()
+    if not (need_A and need_E and simple and lora_E.is_contiguous() and lora_E.dtype == V.dtype):
+        return reference.right_factor_gradients(V, lora_A, lora_E, need_A, need_E)
+    return V, torch.ops.adalora_fast_C.adapter_right_factor_gradients_(V, lora_A, lora_E)
+
+
+backward = partial(reference.backward, finish=right_factor_gradients)
