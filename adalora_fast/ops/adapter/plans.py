@@ -26,35 +26,45 @@ from adalora_fast.ops.adapter.costs import (
 
 # Of a matmul: rows x columns of the output, depth of the loop; of ``project``: rows x columns of the
 # source; of ``update``: rows x columns of the output; of ``outer``: rows of the loop x columns of the
-# source. The number beside each is the highest padded rank with which nothing spills.
+# source. Beside each the highest padded rank with which nothing spills, for aligned rows and for others.
 _MATMUL = (
-    (Tile(128, 128, 64, 8, 3), 64),
-    (Tile(128, 64, 64, 4, 3), 32),
-    (Tile(64, 128, 64, 4, 3), 64),
-    (Tile(64, 64, 64, 4, 3), 128),
-    (Tile(32, 64, 64, 4, 4), 64),
-    (Tile(16, 64, 64, 4, 4), 128),
+    (Tile(128, 128, 64, 8, 3), 64, 0),
+    (Tile(128, 64, 64, 4, 3), 32, 0),
+    (Tile(64, 128, 64, 4, 3), 64, 0),
+    (Tile(64, 64, 64, 4, 3), 128, 0),
+    (Tile(32, 64, 64, 4, 4), 64, 0),
+    (Tile(16, 64, 64, 4, 4), 128, 0),
 )
 _HALF = {
+    "matmul": _MATMUL,
     "project": (
-        (Tile(64, 64, 0, 4, 3), 128),
-        (Tile(32, 128, 0, 4, 3), 64),
-        (Tile(16, 256, 0, 4, 3), 32),
-        (Tile(16, 64, 0, 4, 3), 128),
-        (Tile(16, 32, 0, 4, 2), 128),
+        (Tile(64, 64, 0, 4, 3), 128, 32),
+        (Tile(32, 128, 0, 4, 3), 64, 64),
+        (Tile(16, 256, 0, 4, 3), 32, 32),
+        (Tile(16, 64, 0, 4, 3), 128, 64),
+        (Tile(16, 32, 0, 4, 2), 128, 128),
     ),
-    "update": ((Tile(64, 64, 0, 4, 1), 128), (Tile(32, 64, 0, 4, 1), 64), (Tile(16, 64, 0, 4, 1), 128)),
+    "update": (
+        (Tile(64, 64, 0, 4, 1), 128, 128),
+        (Tile(32, 64, 0, 4, 1), 64, 64),
+        (Tile(16, 64, 0, 4, 1), 64, 64),
+    ),
     "outer": (
-        (Tile(64, 128, 0, 4, 3), 64),
-        (Tile(64, 64, 0, 4, 3), 128),
-        (Tile(32, 64, 0, 4, 3), 32),
-        (Tile(32, 32, 0, 4, 3), 128),
+        (Tile(64, 128, 0, 4, 3), 64, 0),
+        (Tile(64, 64, 0, 4, 3), 128, 64),
+        (Tile(32, 64, 0, 4, 3), 16, 16),
+        (Tile(32, 32, 0, 4, 3), 128, 128),
     ),
 }
 _FLOAT32 = {
-    "project": ((Tile(32, 32, 0, 8, 3), 64), (Tile(16, 32, 0, 8, 3), 128)),
-    "update": ((Tile(32, 32, 0, 8, 1), 128), (Tile(16, 32, 0, 8, 1), 128)),
-    "outer": ((Tile(32, 32, 0, 4, 3), 32), (Tile(16, 32, 0, 4, 3), 128)),
+    "matmul": (),
+    "project": (
+        (Tile(32, 32, 0, 8, 3), 64, 32),
+        (Tile(16, 32, 0, 8, 3), 128, 64),
+        (Tile(16, 16, 0, 8, 3), 128, 128),
+    ),
+    "update": ((Tile(32, 32, 0, 8, 1), 128, 128), (Tile(16, 32, 0, 8, 1), 128, 128)),
+    "outer": ((Tile(32, 32, 0, 4, 3), 32, 32), (Tile(16, 32, 0, 4, 3), 128, 128)),
 }
 
 _assumed: Machine | None = None
@@ -125,13 +135,11 @@ def offered(kernel: str, problem: Problem, machine: Machine, inline: bool = Fals
 
     Without aligned rows the base is left to the library: the matmul would load its operands one by one.
     """
-    if kernel == "matmul" and not problem.aligned:
-        return []
-    table = _MATMUL if kernel == "matmul" else (_HALF if problem.half else _FLOAT32)[kernel]
     return [
         tile
-        for tile, rank in table
-        if problem.rank <= rank and shared_bytes(kernel, tile, problem, inline) <= machine.shared
+        for tile, aligned, unaligned in (_HALF if problem.half else _FLOAT32)[kernel]
+        if problem.rank <= (aligned if problem.aligned else unaligned)
+        and shared_bytes(kernel, tile, problem, inline) <= machine.shared
     ]
 
 

@@ -30,28 +30,32 @@ def shapes_of(factors: list[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple(tuple(int(size) for size in factor.shape) for factor in factors)
 
 
+def _inverse(norm: Tensor) -> Tensor:
+    """1 / ‖G‖, and 0 at the minimum, where the norm has no gradient."""
+    return norm.reciprocal().nan_to_num_(nan=0.0, posinf=0.0)
+
+
 def loss(
     lora_A: list[Tensor], lora_B: list[Tensor], penalty: str, with_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """(R, its gradient stacked by shape: lora_A's groups, then lora_B's; empty without ``with_grad``)."""
     accumulate = torch.promote_types(lora_A[0].dtype, torch.float32)
-    total = torch.zeros((), dtype=accumulate, device=lora_A[0].device)
     count = len(lora_A) + len(lora_B)
-    gradients = []
+    identities: dict[int, Tensor] = {}  # by rank
+    norms, gradients = [], []
     for factors, transposed in ((lora_A, False), (lora_B, True)):
         for group in groups_by_shape(shapes_of(factors)):
             stacked = torch.stack([factors[i] for i in group]).to(accumulate)  # [n, r, in] or [n, out, r]
             rows = stacked.mT if transposed else stacked  # [n, r, ·]
-            identity = torch.eye(rows.shape[1], dtype=accumulate, device=rows.device)
-            G = torch.baddbmm(identity, rows, rows.mT, beta=-1)  # [n, r, r]
+            rank = rows.shape[1]
+            if rank not in identities:
+                identities[rank] = torch.eye(rank, dtype=accumulate, device=rows.device)
+            G = torch.baddbmm(identities[rank], rows, rows.mT, beta=-1)  # [n, r, r]
             norm = torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True)  # [n, 1, 1]
-            if penalty == "fro":
-                total = total + norm.sum() / count
-                slope = torch.where(norm > 0, 2 / count / norm, 0.0)
-            else:
-                total = total + norm.square().sum()
-                slope = 4.0
+            norms.append(norm)
+            slope = _inverse(norm).mul_(2 / count) if penalty == "fro" else 4.0
             if with_grad:
                 gradient = stacked @ (G * slope) if transposed else (G * slope) @ stacked  # G is symmetric
                 gradients.append(gradient.to(factors[group[0]].dtype))
-    return total, gradients
+    every = torch.cat(norms)
+    return every.sum() / count if penalty == "fro" else every.square().sum(), gradients
