@@ -78,6 +78,7 @@ bench: $(NATIVE) ## run the CPU benchmarks
 	$(BIN)/python -m benchmarks.op_counts $(ARGS)
 	$(BIN)/python -m benchmarks.test_importance $(ARGS)
 	$(BIN)/python -m benchmarks.test_allocation $(ARGS)
+	$(BIN)/python -m benchmarks.test_orthogonality $(ARGS)
 	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and write what each needs

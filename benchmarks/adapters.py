@@ -10,13 +10,16 @@ RANK = 16
 SHAPES = [(768, 768)] * 48 + [(768, 3072)] * 12 + [(3072, 768)] * 12  # (in, out)
 
 
-def make_parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_parameters(dtype: torch.dtype = torch.float32, device: torch.device = DEVICE) -> list[Tensor]:
     """A_0, E_0, B_0, A_1, ..., each with a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
-        parameter = nn.Parameter(torch.randn(*size, generator=generator).to(dtype))
-        parameter.grad = torch.randn(*size, generator=generator).to(dtype)
+        parameter = nn.Parameter(torch.randn(*size, generator=generator).to(device, dtype))
+        parameter.grad = torch.randn(*size, generator=generator).to(device, dtype)
         return parameter
 
     return [f for k, n in SHAPES for f in (draw(RANK, k), draw(RANK, 1), draw(n, RANK))]

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing import get_context
 
@@ -62,9 +62,6 @@ class Resources:
     shared: int  # bytes a block
     spills: int  # bytes stored and loaded
     matrix: str  # the matrix instruction in its PTX: wgmma, mma or ""
-
-    def as_row(self) -> dict:
-        return asdict(self)
 
 
 class _TargetOnly:
@@ -230,6 +227,13 @@ def summary(found: Iterable[Resources]) -> str:
     return "\n".join(lines)
 
 
-def environment() -> dict[str, str]:
-    """What the numbers depend on."""
-    return {"triton": triton.__version__, "torch": torch.__version__}
+def as_content(found: list[Resources], wrong: list[str]) -> dict:
+    """What a result file holds: a line for each specialisation, as :func:`table` prints them."""
+    return {
+        "benchmark": "ahead-of-time compilation",
+        "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        "count": len(found),
+        "faults": wrong,
+        "summary": summary(found).splitlines(),
+        "specialisations": table(found).splitlines(),
+    }

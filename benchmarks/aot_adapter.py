@@ -208,8 +208,7 @@ def main() -> int:
     wrong = faults(found)
     print(*wrong, f"{len(found)} specialisations, {len(wrong)} faults", sep="\n")
     if arguments.json:
-        content = {"environment": aot.environment(), "specialisations": [one.as_row() for one in found]}
-        write_json(arguments.json, content | {"costs": costs()})
+        write_json(arguments.json, aot.as_content(found, wrong) | {"costs": costs_table().splitlines()})
     return 1 if wrong else 0
 
 

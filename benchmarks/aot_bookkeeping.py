@@ -93,8 +93,7 @@ def main() -> int:
     print(aot.summary(found))
     print(*wrong, f"{len(found)} specialisations, {len(wrong)} faults", sep="\n")
     if arguments.json:
-        rows = [one.as_row() for one in found]
-        write_json(arguments.json, {"environment": aot.environment(), "specialisations": rows})
+        write_json(arguments.json, aot.as_content(found, wrong))
     return 1 if wrong else 0
 
 

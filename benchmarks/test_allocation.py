@@ -1,4 +1,4 @@
-"""Allocation on a CPU: scoring all triplets, selecting and masking; C++, the reference, and PEFT's own loop.
+"""Allocation: scoring all triplets, selecting and masking; the chosen backend, the reference, PEFT's loop.
 
     pytest benchmarks/test_allocation.py
     python -m benchmarks.test_allocation [--rounds 30] [--threads 1] [--json FILE]
@@ -19,12 +19,13 @@ from adalora_fast.environment import environment, write_json
 from adalora_fast.ops import allocate_, backend, importance_scores, importance_update_, select_triplets
 from adalora_fast.ops.allocation import reference as plain_allocation
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
-from benchmarks.adapters import RANK, SHAPES, make_parameters, peft_allocator
-from benchmarks.turns import figures, show, take_turns
+from benchmarks.adapters import DEVICE, RANK, SHAPES, make_parameters, peft_allocator
+from benchmarks.turns import figures, kernel_launches, show, take_turns
 
 SCORE, SMOOTHING = "sensitivity", "ema_uncertainty"
 TRIPLETS = RANK * len(SHAPES)
 KEPT = TRIPLETS // 2
+OURS = backend.choose("allocation", DEVICE.type).backend
 
 
 def whole() -> dict[str, Callable[[], object]]:
@@ -32,11 +33,12 @@ def whole() -> dict[str, Callable[[], object]]:
     parameters = make_parameters()
     allocator, model = peft_allocator(parameters)
     allocator.update_ipt(model)
-    statistics = torch.zeros(len(statistic_names(SCORE, SMOOTHING)), layout_of(parameters, SCORE).size)
-    updates = torch.zeros(len(parameters), dtype=torch.int64)
+    size = layout_of(parameters, SCORE).size
+    statistics = torch.zeros(len(statistic_names(SCORE, SMOOTHING)), size, device=DEVICE)
+    updates = torch.zeros(len(parameters), dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
         importance_update_(parameters, [p.grad for p in parameters], statistics, updates, SCORE, SMOOTHING)
-    budget, lambdas = torch.tensor(KEPT), parameters[1::3]
+    budget, lambdas = torch.tensor(KEPT, device=DEVICE), parameters[1::3]
 
     @torch.no_grad()
     def ours() -> torch.Tensor:
@@ -49,31 +51,30 @@ def whole() -> dict[str, Callable[[], object]]:
         plain_allocation.apply_mask_(mask, lambdas)
         return mask
 
-    return {"peft": lambda: allocator.mask_to_budget(model, KEPT), "reference": plain, "cpu": ours}
+    return {"peft": lambda: allocator.mask_to_budget(model, KEPT), "reference": plain, OURS: ours}
 
 
 def selection(triplets: int) -> dict[str, Callable[[], object]]:
     """The mask of the best half."""
-    scores = torch.rand(triplets, generator=torch.Generator().manual_seed(0))
-    budget = torch.tensor(triplets // 2)
+    scores = torch.rand(triplets, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    budget = torch.tensor(triplets // 2, device=DEVICE)
     return {
         "reference": lambda: plain_allocation.select(scores, budget),
-        "cpu": lambda: select_triplets(scores, budget),
+        OURS: lambda: select_triplets(scores, budget),
     }
 
 
 def gate(running: dict[str, Callable[[], object]]) -> None:
     """No time is reported for a result that is wrong: there are no ties here, so that PEFT agrees too."""
-    chosen = backend.choose("allocation", "cpu")
-    assert chosen.backend == "cpu", chosen.reasons
-    mask = running["cpu"]()
+    assert OURS != "reference", backend.choose("allocation", DEVICE.type).reasons
+    mask = running[OURS]()
     assert torch.equal(mask, running["reference"]())
     if "peft" in running:
         pattern = running["peft"]()
         assert [kept for name in sorted(pattern) for kept in pattern[name]] == mask.tolist()
 
 
-@pytest.mark.parametrize("name", ["peft", "reference", "cpu"])
+@pytest.mark.parametrize("name", ["peft", "reference", OURS])
 def test_allocation(benchmark, name):
     running = whole()
     gate(running)
@@ -81,7 +82,7 @@ def test_allocation(benchmark, name):
 
 
 @pytest.mark.parametrize("triplets", [TRIPLETS, 65536])
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", OURS])
 def test_selection(benchmark, name, triplets):
     running = selection(triplets)
     gate(running)
@@ -97,7 +98,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    data = {"benchmark": "allocation", "environment": environment(), "threads": arguments.threads}
+    data = {
+        "benchmark": "allocation",
+        "device": str(DEVICE),
+        "environment": environment(),
+        "threads": arguments.threads,
+    }
     results = {}
     for title, running, baseline in (
         (f"score, select and mask {TRIPLETS:,} triplets", whole(), "peft"),
@@ -108,7 +114,8 @@ def main() -> None:
         times = take_turns(running, arguments.rounds)
         found = figures(times, baseline)
         show(f"{title}, {arguments.threads} thread(s)", found)
-        results[title] = {"figures": found, "milliseconds": times}
+        launches = kernel_launches(running[OURS])
+        results[title] = {"figures": found, "milliseconds": times, "kernel_launches": launches}
     if arguments.json:
         write_json(arguments.json, {**data, "results": results})
 

@@ -1,4 +1,4 @@
-"""The importance update of DeBERTa-v3-base's adapters on a CPU: C++, the reference, and PEFT's own loop.
+"""The importance update of DeBERTa-v3-base's adapters: the chosen backend, the reference, PEFT's loop.
 
     pytest benchmarks/test_importance.py
     python -m benchmarks.test_importance [--rounds 30] [--threads 1] [--json FILE]
@@ -19,11 +19,12 @@ import torch
 from adalora_fast.environment import environment, write_json
 from adalora_fast.ops import backend, importance_update_
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
-from benchmarks.adapters import make_parameters, peft_allocator
-from benchmarks.turns import figures, show, take_turns
+from benchmarks.adapters import DEVICE, make_parameters, peft_allocator
+from benchmarks.turns import figures, kernel_launches, show, take_turns
 
 SCORE, SMOOTHING, BETA = "sensitivity", "ema_uncertainty", 0.85
 BYTES_PER_ENTRY = 24
+OURS = backend.choose("importance", DEVICE.type).backend
 
 
 def contestants() -> dict[str, Callable[[], object]]:
@@ -34,8 +35,8 @@ def contestants() -> dict[str, Callable[[], object]]:
     allocator, model = peft_allocator(parameters, BETA)
 
     def ours(update: Callable) -> Callable[[], torch.Tensor]:
-        statistics = torch.zeros(len(statistic_names(SCORE, SMOOTHING)), size)
-        updates = torch.zeros(len(parameters), dtype=torch.int64)
+        statistics = torch.zeros(len(statistic_names(SCORE, SMOOTHING)), size, device=DEVICE)
+        updates = torch.zeros(len(parameters), dtype=torch.int64, device=DEVICE)
 
         def run() -> torch.Tensor:
             with torch.no_grad():
@@ -44,23 +45,22 @@ def contestants() -> dict[str, Callable[[], object]]:
 
         return run
 
-    source, target = torch.ones(size * BYTES_PER_ENTRY // 8), torch.zeros(size * BYTES_PER_ENTRY // 8)
+    source, target = (torch.ones(size * BYTES_PER_ENTRY // 8, device=DEVICE) for _ in range(2))
     return {
         "peft": lambda: allocator.update_ipt(model),
         "reference": ours(reference.update_),
-        "cpu": ours(importance_update_),
+        OURS: ours(importance_update_),
         "copy": lambda: target.copy_(source),
     }
 
 
 def gate(running: dict[str, Callable[[], object]]) -> None:
     """No time is reported for a result that is wrong."""
-    chosen = backend.choose("importance", "cpu")
-    assert chosen.backend == "cpu", chosen.reasons
-    torch.testing.assert_close(running["cpu"](), running["reference"](), rtol=1e-6, atol=1e-7)
+    assert OURS != "reference", backend.choose("importance", DEVICE.type).reasons
+    torch.testing.assert_close(running[OURS](), running["reference"](), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["peft", "reference", "cpu", "copy"])
+@pytest.mark.parametrize("name", ["peft", "reference", OURS, "copy"])
 def test_importance_update(benchmark, name):
     running = contestants()
     gate(running)
@@ -86,6 +86,7 @@ def main() -> None:
     print("GB/s of the floor's bytes:", {name: round(rate, 1) for name, rate in rates.items()})
     if arguments.json:
         data = {"benchmark": "importance", "environment": environment(), "threads": arguments.threads}
+        data |= {"device": str(DEVICE), "kernel_launches": kernel_launches(running[OURS])}
         data |= {"entries": size, "floor_bytes": BYTES_PER_ENTRY * size, "figures": found}
         write_json(arguments.json, {**data, "gigabytes_per_second": rates, "milliseconds": times})
 
