@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adalora_fast.ops import backend, launch
 from adalora_fast.ops.adapter import plans
-from adalora_fast.ops.adapter import triton as kernels
 from adalora_fast.ops.adapter.plans import OuterPlan, Plan, Tile
 from tests.ops.naive import NAMES, Case, leaves, make_case, results
 
@@ -134,20 +133,6 @@ def launched() -> Iterator[list[str]]:
         yield names
 
 
-@contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """Within the context launches are named in the list and run."""
-    names: list[str] = []
-    run_launch = launch.launch
-
-    def launch_and_name(kernel, *arguments, **meta) -> None:
-        names.append(kernel.__name__)
-        run_launch(kernel, *arguments, **meta)
-
-    with patch.object(kernels, "launch", launch_and_name):
-        yield names
-
-
 def clear_choices() -> None:
     backend.choose.cache_clear()
     backend.kernel.cache_clear()
@@ -162,18 +147,3 @@ def triton_backend() -> Iterator[None]:
             yield
         finally:
             clear_choices()
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Within the context memory that is allocated without a value holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills

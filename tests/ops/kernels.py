@@ -1,6 +1,7 @@
-"""Shared by tests of the bookkeeping kernels: poisoned memory, counted launches."""
+"""Shared by tests of all kernels: poisoned memory, counted launches."""
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,15 +17,18 @@ needs_triton = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def poisoned():
-    """Within the context new memory is filled with NaN, or the largest integer."""
+def poisoned() -> Iterator[None]:
+    """Within the context memory that is allocated without a value holds NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @contextlib.contextmanager

@@ -21,11 +21,11 @@ from tests.ops.kernel_cases import (
     exact_grad,
     grad_like,
     planned,
-    poisoned,
     random_case,
     run,
     triton_backend,
 )
+from tests.ops.kernels import poisoned
 from tests.ops.naive import draw_grad, formula, leaves, onto_linear, results, truth
 from tests.tolerances import RelativeRule
 
