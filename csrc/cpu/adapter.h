@@ -16,7 +16,7 @@ struct RightFactor {
     int64_t rank = 0, width = 0;
 };
 
-// dE = Σ V ⊙ A over a row, then V ← V ⊙ E, in one pass. Sums are taken in float64.
+// dE = Σ V ⊙ A over a row, then V ← V ⊙ E, in one pass. Sums of a thousand entries are added in float64.
 template <typename T>
 void right_factor_gradients(const RightFactor<T>& factor);
 

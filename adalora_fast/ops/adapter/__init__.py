@@ -335,7 +335,7 @@ def adalora_linear(
         types = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"{types}; give them one type or use autocast")
     highest = precision == "highest"
-    dropped, seed = _dropout(x, dropout_p if training else 0.0)
+    dropped, seed = _dropout(x, dropout_p) if training and dropout_p > 0.0 else (None, None)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
         result = F.linear(x, weight, bias)
@@ -344,9 +344,7 @@ def adalora_linear(
 
 
 def _dropout(x: Tensor, dropout_p: float) -> tuple[Tensor | None, Tensor | None]:
-    """(x after dropout, None) or (None, a seed for the kernels); (None, None) without dropout."""
-    if dropout_p == 0.0:
-        return None, None
+    """(x after dropout, None), or (None, a seed for the kernels)."""
     if _drops_inside(x.device.type):
         return None, draw_seed(x.device)
     return F.dropout(x, dropout_p, True), None
@@ -388,7 +386,7 @@ def adalora_delta_(
             f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
         )
     highest = precision == "highest"
-    dropped, seed = _dropout(x, dropout_p if training else 0.0)
+    dropped, seed = _dropout(x, dropout_p) if training and dropout_p > 0.0 else (None, None)
     inputs = x if dropped is None else dropped
     arguments = (result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
     if _may_write(result, x):

@@ -14,14 +14,24 @@ from adalora_fast.ops.adapter.reference import DROPS_INSIDE, delta, delta_, limi
 __all__ = ["DROPS_INSIDE", "backward", "delta", "delta_", "limit", "linear", "saved_shapes"]
 
 
+_TYPES = (torch.float32, torch.float64)
+
+
 def right_factor_gradients(
     V: Tensor, lora_A: Tensor, lora_E: Tensor, need_A: bool, need_E: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dE), as the reference makes them; V is used up."""
-    simple = V.dtype in (torch.float32, torch.float64) and V.is_contiguous() and lora_A.is_contiguous()
-    if not (need_A and need_E and simple and lora_E.is_contiguous() and lora_E.dtype == V.dtype):
-        return reference.right_factor_gradients(V, lora_A, lora_E, need_A, need_E)
-    return V, torch.ops.adalora_fast_C.adapter_right_factor_gradients_(V, lora_A, lora_E)
+    dtype = V.dtype  # that of lora_A; a product is contiguous
+    if (
+        need_A
+        and need_E
+        and dtype in _TYPES
+        and lora_E.dtype is dtype
+        and lora_A.is_contiguous()
+        and lora_E.is_contiguous()
+    ):
+        return V, torch.ops.adalora_fast_C.adapter_right_factor_gradients_.default(V, lora_A, lora_E)
+    return reference.right_factor_gradients(V, lora_A, lora_E, need_A, need_E)
 
 
 backward = partial(reference.backward, finish=right_factor_gradients)

@@ -95,7 +95,8 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     y = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()  # [M, N]
     inputs = rows if adapter_input is None else adapter_input.reshape(-1, x.shape[-1])
-    inputs = _dropped(inputs, seed, dropout_p)
+    if seed is not None:
+        inputs = _dropped(inputs, seed, dropout_p)
     h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else x.dtype)
     y = _add_product(y, h, _cast(lora_B, h.dtype), scaling)
     return y.view(*x.shape[:-1], weight.shape[0]), h, S
@@ -192,6 +193,6 @@ def backward(
     if need_A or need_E:
         dropped = inputs if keep is None else inputs * keep
         V = _cast(g.t() @ _cast(dropped, h.dtype), lora_A.dtype)  # [R, K]
-        made = (finish or right_factor_gradients)(V, lora_A, lora_E, need_A, need_E)
-        dA, dE = (new if needed else old for new, old, needed in zip(made, (dA, dE), (need_A, need_E)))
+        new_A, new_E = (finish or right_factor_gradients)(V, lora_A, lora_E, need_A, need_E)
+        dA, dE = new_A if need_A else dA, new_E if need_E else dE
     return dx, d_input, dA, dE, dB
