@@ -146,6 +146,8 @@ class RankAllocator:
         self._updates = torch.zeros(len(parameters), dtype=torch.int64, device=self._device)
         self._update_count = 0
         self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._device)
+        self._scores: Tensor | None = None  # those that the mask was made of
+        self._said_nan = False
 
     def total_rank(self) -> int:
         """The triplets that exist, pruned ones included."""
@@ -235,7 +237,7 @@ class RankAllocator:
         kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
         if not final:  # too few updates keep everything; only the device knows which counted
             kept = torch.where(self._updates.max() < self.score.min_updates, scores.numel(), kept)
-        self._mask = allocate_(scores, kept, self._lambdas())
+        self._mask, self._scores = allocate_(scores, kept, self._lambdas()), scores
 
     def _update_statistics(self) -> None:
         parameters = self._parameters()
@@ -358,7 +360,22 @@ class RankAllocator:
             stop = start + factors.lora_E.shape[0]
             pattern[name] = kept[start:stop]
             start = stop
+        self._report_nan(pattern)
         return pattern
+
+    def _report_nan(self, pattern: dict[str, list[bool]]) -> None:
+        """Say once that scores were no numbers, where the device is waited for anyway."""
+        if self._said_nan or self._scores is None or len(self._scores) != len(self._mask):
+            return
+        wrong = self._scores.isnan().tolist()
+        if any(wrong):
+            owners = [name for name, kept in pattern.items() for _ in kept]
+            first = owners[wrong.index(True)]
+            self._said_nan = True
+            _warn(
+                f"{sum(wrong)} of {len(wrong)} triplets have no number as their {self.score.name} score, the "
+                f"first in {first}; they are pruned before all others"
+            )
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -382,3 +382,18 @@ def test_a_deep_copy_goes_its_own_way():
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True)) and before[1] == after[1]
     assert sum(twin.rankallocator.ranks().values()) == 5 == (lambdas(twin) != 0).sum()
     assert sum(model.rankallocator.ranks().values()) == before[1]["budget"]
+
+
+def test_scores_that_are_no_numbers_lose_and_are_reported_once():
+    model = make_model()
+    optimizer, allocator = make_optimizer(model), make_allocator(model, deltaT=1)
+    train(model, optimizer, allocator, range(3))
+    allocator._statistics[:, 0] = float("nan")  # an entry of one triplet, as damaged memory would leave it
+    train(model, optimizer, allocator, range(3, SCHEDULE["total_step"]))
+    said = "1 of 12 triplets have no number as their sensitivity score, the first in 0; they are pruned before"
+    with pytest.warns(UserWarning, match=said):
+        ranks = allocator.ranks()
+    assert sum(ranks.values()) == SCHEDULE["target_total_rank"] and not kept(allocator)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert allocator.ranks() == ranks
