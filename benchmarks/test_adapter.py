@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter.costs import Problem, factor_launches, launches
 from adalora_fast.ops.timing import graph_seconds, input_sets
-from benchmarks import peers
+from benchmarks import peers, roofline
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -28,6 +27,12 @@ TYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float
 RANKS = [8, 16, 64] if CUDA else [16]
 DROPOUTS = [0.0, 0.1] if CUDA else [0.0]
 GATE = {torch.float32: 2e-3 if CUDA else 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="session")
+def ceilings() -> roofline.Ceilings:
+    """What this device can do at best, measured in this run."""
+    return roofline.measure(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +62,16 @@ def gate(name: str, layer: peers.Layer, x: Tensor, dy: Tensor) -> None:
         assert error <= GATE[x.dtype], f"{name}: relative error of {what} is {error:.2g}"
 
 
-def floor_bytes(inner: int, outer: int, rank: int, size: int, backward: bool) -> float:
-    """Bytes that the frozen layer and a fused adapter must move."""
+def floor(inner: int, outer: int, rank: int, size: int, backward: bool) -> tuple[float, float]:
+    """Bytes that the frozen layer and a fused adapter must move, and operations that they must do."""
     padded = max(16, 1 << (rank - 1).bit_length())
     sizes = {"rows": ROWS, "rank": padded, "size": size, "product_size": size}
     forward = Problem(backward=False, inner=inner, outer=outer, **sizes)
     back = Problem(backward=True, inner=outer, outer=inner, **sizes)
-    total = sum(one.bytes for one in launches(forward, "inline"))
+    made = launches(forward, "inline", outer)
     if backward:
-        total += sum(one.bytes for one in launches(back, "inline") + factor_launches(back, 1))
-    return total
+        made += launches(back, "inline", inner) + factor_launches(back, 1)
+    return sum(one.bytes for one in made), sum(one.flops for one in made)
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
@@ -75,7 +80,7 @@ def floor_bytes(inner: int, outer: int, rank: int, size: int, backward: bool) ->
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_adapter(benchmark, shape, dtype, rank, dropout_p, backward, name):
+def test_adapter(benchmark, ceilings, shape, dtype, rank, dropout_p, backward, name):
     if dropout_p and name in peers.NO_DROPOUT:
         pytest.skip(f"{name} has no dropout")
     if name == "peft compiled" and not CUDA:
@@ -101,7 +106,7 @@ def test_adapter(benchmark, shape, dtype, rank, dropout_p, backward, name):
         inputs = [xs[i], *peers.parameters_of(name, layers[i], modules[i])]
         return torch.autograd.grad(modules[i](xs[i]), inputs, dys[i])
 
-    moved = floor_bytes(inner, outer, rank, size, backward)
+    moved, work_done = floor(inner, outer, rank, size, backward)
     benchmark.extra_info.update(
         peer=name, device=str(DEVICE), rows=ROWS, inner=inner, outer=outer, rank=rank, dropout=dropout_p,
         dtype=str(dtype).removeprefix("torch."), what="step" if backward else "forward", floor_bytes=moved,
@@ -111,10 +116,9 @@ def test_adapter(benchmark, shape, dtype, rank, dropout_p, backward, name):
         return
     seconds = graph_seconds([functools.partial(work, i) for i in range(sets)])
     median = statistics.median(seconds)
-    bandwidth = plans.machine_of(torch.device("cuda", 0)).bandwidth
     cuts = statistics.quantiles(seconds, n=5)
     benchmark.extra_info.update(
         seconds=median, p20=cuts[0], p80=cuts[3], gb_per_s=moved / median / 1e9,
-        achieved_over_floor=moved / bandwidth / median,
+        bandwidth=ceilings.bandwidth, achieved_over_floor=ceilings.floor(moved, work_done, dtype) / median,
     )  # fmt: skip
     benchmark.pedantic(lambda: (work(0), torch.cuda.synchronize()), rounds=5, iterations=1)
