@@ -302,7 +302,8 @@ class RankAllocator:
             optimizer: the one that trains the adapter (wrapped ones, as Accelerate's, are unwrapped).
             automatic: step the allocator after every ``optimizer.step()``; no call is needed then. Otherwise
                 :meth:`step` is yours to call, and raises where the optimizer has not stepped. An optimizer
-                step that a ``GradScaler`` skips does not count.
+                step that a ``GradScaler`` skips does not count; a fused optimizer skips it inside its own
+                step, which counts.
 
         Raises:
             ValueError: the optimizer holds none of the adapter's parameters.

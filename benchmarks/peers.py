@@ -109,7 +109,7 @@ def peft(layer: Layer) -> Module:
 
 
 def peft_compiled(layer: Layer) -> Module:
-    return torch.compile(peft(layer))
+    return torch.compile(peft(layer), dynamic=False)
 
 
 def unsloth_style(layer: Layer) -> Module:

@@ -41,6 +41,7 @@ def clean():
     before = torch.get_num_threads()
     if not CUDA:
         torch.set_num_threads(1)
+    torch.compiler.reset()  # else PEFT's forward meets the compiler's limit of variants and runs eagerly
     yield
     torch.set_num_threads(before)
     gc.collect()

@@ -20,7 +20,7 @@ from adalora_fast.ops import allocate_, backend, importance_scores, importance_u
 from adalora_fast.ops.allocation import reference as plain_allocation
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
 from benchmarks.adapters import DEVICE, RANK, SHAPES, make_parameters, peft_allocator
-from benchmarks.turns import figures, kernel_launches, show, take_turns
+from benchmarks.turns import figures, finished, kernel_launches, show, take_turns
 
 SCORE, SMOOTHING = "sensitivity", "ema_uncertainty"
 TRIPLETS = RANK * len(SHAPES)
@@ -78,7 +78,7 @@ def gate(running: dict[str, Callable[[], object]]) -> None:
 def test_allocation(benchmark, name):
     running = whole()
     gate(running)
-    benchmark(running[name])
+    benchmark(finished(running[name]))
 
 
 @pytest.mark.parametrize("triplets", [TRIPLETS, 65536])
@@ -86,7 +86,7 @@ def test_allocation(benchmark, name):
 def test_selection(benchmark, name, triplets):
     running = selection(triplets)
     gate(running)
-    benchmark(running[name])
+    benchmark(finished(running[name]))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from adalora_fast.environment import environment, write_json
 from adalora_fast.ops import backend, importance_update_
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
 from benchmarks.adapters import DEVICE, make_parameters, peft_allocator
-from benchmarks.turns import figures, kernel_launches, show, take_turns
+from benchmarks.turns import figures, finished, kernel_launches, show, take_turns
 
 SCORE, SMOOTHING, BETA = "sensitivity", "ema_uncertainty", 0.85
 BYTES_PER_ENTRY = 24
@@ -64,7 +64,7 @@ def gate(running: dict[str, Callable[[], object]]) -> None:
 def test_importance_update(benchmark, name):
     running = contestants()
     gate(running)
-    benchmark(running[name])
+    benchmark(finished(running[name]))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from adalora_fast.environment import environment, write_json
 from adalora_fast.ops import backend, orthogonality
 from benchmarks.adapters import DEVICE, make_parameters
-from benchmarks.turns import figures, kernel_launches, show, take_turns
+from benchmarks.turns import figures, finished, kernel_launches, show, take_turns
 
 BYTES_PER_ENTRY = 8
 OURS = f"adalora_fast ({backend.choose('orthogonality', DEVICE.type).backend})"
@@ -59,7 +59,7 @@ def gate(running: dict[str, Callable[[], list[Tensor]]]) -> None:
 def test_orthogonality(benchmark, name):
     running = contestants()
     gate(running)
-    benchmark(running[name])
+    benchmark(finished(running[name]))
 
 
 def main() -> None:

@@ -44,6 +44,13 @@ def figures(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str,
     return found
 
 
+def finished(run: Callable[[], object]) -> Callable[[], object]:
+    """``run``, and where there is a GPU the wait for it."""
+    if not torch.cuda.is_available():
+        return run
+    return lambda: (run(), torch.cuda.synchronize())
+
+
 def kernel_launches(run: Callable[[], object]) -> int | None:
     """How many kernels and copies a call runs on the GPU; None without one."""
     if not torch.cuda.is_available():

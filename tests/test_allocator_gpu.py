@@ -49,7 +49,7 @@ def test_twenty_steps_wait_for_nothing(score):
 
 
 def test_the_bookkeeping_of_an_allocation_step_is_a_dozen_launches():
-    """Eight are the goal; PyTorch's own four for the budget and the mask's minimum come on top."""
+    """Eight are the goal; PyTorch's own for the budget and the mask's minimum come on top."""
     run = Run("sensitivity")
     for _ in range(WARM_UP):
         run.step()

@@ -9,14 +9,20 @@ NAMESPACE = "adalora_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(schema: str, *, fake: Callable) -> Callable[[Callable], Callable]:
+# The compiler leaves an op with this tag out of its CUDA graphs.
+NO_CUDA_GRAPH = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+
+
+def define(
+    schema: str, *, fake: Callable, tags: tuple[torch.Tag, ...] = ()
+) -> Callable[[Callable], Callable]:
     """Register the decorated function as the op with this ``schema``, for every device, with ``fake`` for
     tracing.
     """
     name = schema.partition("(")[0]
 
     def decorate(function: Callable) -> Callable:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         return function

@@ -27,7 +27,11 @@ def place_on(device: torch.device) -> Place:
 def table(values: tuple[int, ...], dtype: torch.dtype, place: Place) -> Tensor:
     """``values`` as a one-dimensional tensor, ready for what the place's stream runs next."""
     device, _ = place
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "this op looks up its tensors in a table and cannot be captured in a CUDA graph; keep it outside"
+        )
+    on_host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 

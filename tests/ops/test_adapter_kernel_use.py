@@ -317,6 +317,24 @@ def test_float64_runs_in_plain_pytorch_and_says_so_once(function):
     assert names == [] and len(said) == 1
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_float64_base_keeps_its_digits_under_a_float32_adapter(function):
+    case = exact_case(4, 8, 8, 2, dtype=torch.float64)
+    case = case._replace(weight=case.weight + 2.0**-40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = function(*case, precision="highest")
+    assert torch.equal(y, formula(*leaves(case, torch.float64)))
+
+
+@pytest.mark.parametrize("way", ["inline", "epilogue", "library"])
+def test_halves_of_two_kinds_leave_the_base_to_the_library(way):
+    case = exact_case(33, 16, 16, 4, dtype=torch.float16, factor_dtype=torch.float32)
+    with planned(way), counted() as names:
+        adalora_linear(*case, precision="highest")
+    assert names == ["project", "update"]
+
+
 def test_plain_pytorch_in_the_kernels_stead_drops_what_they_would():
     case = exact_case(4, 8, 8, 2, dtype=torch.float64, factor_dtype=torch.float64)
     with warnings.catch_warnings():

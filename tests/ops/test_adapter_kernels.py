@@ -311,6 +311,18 @@ def test_a_separate_input_of_the_adapter():
     assert torch.equal(y.double(), want)
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_precision_of_products_may_be_set_by_either_api(precision):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = precision
+        assert kernels._precision(torch.float32) == precision
+        assert kernels._precision(torch.float16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_float32_products_follow_pytorchs_precision():
     before = torch.get_float32_matmul_precision()
     try:

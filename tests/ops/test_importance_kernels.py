@@ -23,7 +23,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 64)
     monkeypatch.setattr(kernels, "BLOCK", 16)
     monkeypatch.setattr(kernels, "COUNTS", 4)
-    caches = (kernels._chunks, kernels._slices)
+    caches = (kernels._chunks, kernels._slices, tables.table)
     for cache in caches:
         cache.cache_clear()
     yield

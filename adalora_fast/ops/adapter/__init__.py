@@ -46,9 +46,10 @@ def _within_limits(functions: object, rank: int, dtype: torch.dtype) -> object:
 
 
 def _functions(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> object:
-    """What computes an adapter whose low-rank products are of type ``dtype``."""
+    """What computes an adapter with low-rank products of type ``dtype`` and an output like ``x``."""
     # A rank is fixed where it is traced: it decides the layout of what is kept for the backward.
-    return _within_limits(backend.kernel("adapter", x.device.type), int(lora_A.shape[0]), dtype)
+    widest = torch.float64 if x.dtype == torch.float64 else dtype
+    return _within_limits(backend.kernel("adapter", x.device.type), int(lora_A.shape[0]), widest)
 
 
 @torch.compiler.assume_constant_result
@@ -57,8 +58,8 @@ def _drops_inside(device_type: str) -> bool:
     return backend.kernel("adapter", device_type).DROPS_INSIDE
 
 
-def _fake_saved(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    h, S = _functions(x, lora_A, dtype).saved_shapes(x.numel() // x.shape[-1], lora_A)
+def _fake_saved(x: Tensor, y: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    h, S = _functions(y, lora_A, dtype).saved_shapes(x.numel() // x.shape[-1], lora_A)
     return x.new_empty(h, dtype=dtype), lora_A.new_empty(S, dtype=dtype)
 
 
@@ -66,7 +67,7 @@ def _fake_linear(
     x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0
 ):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, *_fake_saved(x, lora_A, _product_dtype(x, lora_A, highest))
+    return y, *_fake_saved(x, x, lora_A, _product_dtype(x, lora_A, highest))
 
 
 @define(
@@ -85,7 +86,7 @@ def _linear(
 
 
 def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
-    saved = _fake_saved(x, lora_A, _product_dtype(result, lora_A, highest))
+    saved = _fake_saved(x, result, lora_A, _product_dtype(result, lora_A, highest))
     return result.new_empty(result.shape), *saved
 
 
@@ -96,7 +97,7 @@ def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, 
 )
 def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
     with without_autocast(x.device.type):
-        return _functions(x, lora_A, _product_dtype(result, lora_A, highest)).delta(
+        return _functions(result, lora_A, _product_dtype(result, lora_A, highest)).delta(
             result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
         )
 
@@ -108,7 +109,7 @@ def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropo
 )
 def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
     with without_autocast(x.device.type):
-        _functions(x, lora_A, _product_dtype(result, lora_A, highest)).delta_(
+        _functions(result, lora_A, _product_dtype(result, lora_A, highest)).delta_(
             result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
         )
 

@@ -89,7 +89,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 def _precision(dtype: torch.dtype) -> str:
     """How float32 products are taken: PyTorch's own setting decides, "highest" is exact."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
 
@@ -183,9 +183,9 @@ def linear(
     dtype = lora_A.dtype if highest else x.dtype
     right, left = _factors(lora_A, lora_E, lora_B)
     outer = weight.shape[0]
-    problem = problem_of(
-        rows, outer, lora_A.shape[0], dtype, backward=False, inline=inputs is rows and not drop.on
-    )
+    # One product serves base and adapter where both are of one type.
+    flags = {"base": dtype == x.dtype, "inline": inputs is rows and not drop.on}
+    problem = problem_of(rows, outer, lora_A.shape[0], dtype, backward=False, **flags)
     plan = plans.choose(problem, x.device)
     if plan.way == "inline":
         h = rows.new_empty(rows.shape[0], problem.rank, dtype=dtype)
@@ -245,7 +245,8 @@ def backward(
     dtype, columns = h.dtype, inputs.shape[1]
     right, left = _factors(lora_A, lora_E, lora_B)
     both = need_x and shared_input  # dx carries the base's and the adapter's path
-    problem = problem_of(rows, columns, lora_A.shape[0], dtype, backward=True, base=both)
+    flags = {"base": both and dtype == grad.dtype}
+    problem = problem_of(rows, columns, lora_A.shape[0], dtype, backward=True, **flags)
     plan = plans.choose(problem, grad.device)
     dx, d_input, dA, dE, dB = (grad.new_empty(0) for _ in needs)
 
@@ -263,7 +264,7 @@ def backward(
     if need_input:
         d_input = _update(None, g, right, inputs.new_empty(inputs.shape), 1.0, drop, plan)
     if need_A or need_E or need_B:
-        whole = problem if both else problem_of(rows, columns, lora_A.shape[0], dtype, backward=True)
+        whole = problem if problem.base else problem_of(rows, columns, lora_A.shape[0], dtype, backward=True)
         dA, dE, dB = _factor_gradients(
             inputs, rows, g, h, lora_A, lora_E, lora_B, scaling, drop, whole, needs[2:]
         )
@@ -302,9 +303,9 @@ def _factor_gradients(
             DROP=drop.on, RANK=padding, PRECISION=_precision(h.dtype), BLOCK_M=tile.rows,
             BLOCK_C=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else lora_A.new_empty(0)
-    dE = torch.empty_like(lora_E, memory_format=torch.contiguous_format) if need_E else lora_E.new_empty(0)
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else lora_B.new_empty(0)
+    dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else grad.new_empty(0)
+    dE = torch.empty_like(lora_E, memory_format=torch.contiguous_format) if need_E else grad.new_empty(0)
+    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else grad.new_empty(0)
     programs_a = rank if need_right else 0
     launch(
         kernels.reduce, (programs_a + (-(-height // REDUCE_ROWS) if need_B else 0),),

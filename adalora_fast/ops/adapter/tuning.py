@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from adalora_fast.ops import launch
 from adalora_fast.ops.adapter import plans, tuned
@@ -91,6 +92,10 @@ def _fastest(choices, calls: list[Callable[[], object]], timer: Timer):
     timed = []
     for plan in dict.fromkeys(choices):
         with plans.forced(plan):
+            try:
+                calls[0]()  # compiles, outside any graph
+            except OutOfResources:
+                continue  # this GPU has less shared memory than was thought
             timed.append((timer(calls), plan))
     seconds, plan = min(timed, key=lambda pair: pair[0])
     return plan, seconds

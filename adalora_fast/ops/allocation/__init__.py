@@ -5,7 +5,7 @@ from torch import Tensor
 
 from adalora_fast.ops import backend, launch
 from adalora_fast.ops.allocation import native, reference
-from adalora_fast.ops.library import define
+from adalora_fast.ops.library import NO_CUDA_GRAPH, define
 from adalora_fast.ops.native import cpu_refusal, cuda_refusal
 
 backend.register("allocation", "reference", reference)
@@ -17,6 +17,7 @@ backend.register("allocation", "triton", launch.LazyModule(f"{__name__}.triton")
 @define(
     "allocation_select(Tensor scores, Tensor budget) -> Tensor",
     fake=lambda scores, budget: scores.new_empty(scores.shape, dtype=torch.bool),
+    tags=NO_CUDA_GRAPH,
 )
 def _select(scores, budget):
     return backend.kernel("allocation", scores.device.type).select(scores, budget)
@@ -25,6 +26,7 @@ def _select(scores, budget):
 @define(
     "allocation_apply_mask_(Tensor mask, Tensor(a!)[] lora_E) -> ()",
     fake=lambda mask, lora_E: None,
+    tags=NO_CUDA_GRAPH,
 )
 def _apply_mask(mask, lora_E):
     backend.kernel("allocation", mask.device.type).apply_mask_(mask, lora_E)
@@ -33,6 +35,7 @@ def _apply_mask(mask, lora_E):
 @define(
     "allocation_allocate_(Tensor scores, Tensor budget, Tensor(a!)[] lora_E) -> Tensor",
     fake=lambda scores, budget, lora_E: scores.new_empty(scores.shape, dtype=torch.bool),
+    tags=NO_CUDA_GRAPH,
 )
 def _allocate(scores, budget, lora_E):
     functions = backend.kernel("allocation", scores.device.type)

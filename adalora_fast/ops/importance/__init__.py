@@ -8,7 +8,7 @@ from torch import Tensor
 from adalora_fast.ops import backend, launch
 from adalora_fast.ops.importance import native, reference
 from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
-from adalora_fast.ops.library import define
+from adalora_fast.ops.library import NO_CUDA_GRAPH, define
 from adalora_fast.ops.native import cpu_refusal
 
 __all__ = ["SIGNALS", "SMOOTHINGS", "importance_scores", "importance_update_", "layout_of", "statistic_names"]
@@ -22,6 +22,7 @@ backend.register("importance", "triton", launch.LazyModule(f"{__name__}.triton")
     "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, "
     "Tensor(b!) updates, str score, str smoothing, float beta1, float beta2) -> ()",
     fake=lambda *arguments: None,
+    tags=NO_CUDA_GRAPH,
 )
 def _update(parameters, grads, statistics, updates, score, smoothing, beta1, beta2):
     functions = backend.kernel("importance", statistics.device.type)
@@ -34,6 +35,7 @@ def _update(parameters, grads, statistics, updates, score, smoothing, beta1, bet
     fake=lambda parameters, statistics, score, smoothing: statistics.new_empty(
         sum(e.shape[0] for e in parameters[1::3])
     ),
+    tags=NO_CUDA_GRAPH,
 )
 def _scores(parameters, statistics, score, smoothing):
     functions = backend.kernel("importance", statistics.device.type)

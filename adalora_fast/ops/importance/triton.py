@@ -53,7 +53,7 @@ def update_(
     flags = updates.new_empty(n_flags, dtype=torch.int32)
     seen = torch.empty_like(updates)
     shares = statistics.new_empty(len(parameters))
-    beta_high = float(torch.tensor(beta1, dtype=torch.float32))  # kernels take float32
+    beta_high = float(torch.tensor(beta1, dtype=torch.float32, device="cpu"))  # kernels take float32
     shared = {"SCORE": score, "CHUNK": CHUNK, "COUNTS": COUNTS, "ALIGNED": aligned, "num_warps": WARPS}
     launch(
         kernels.flag_kernel, (n_flags,),

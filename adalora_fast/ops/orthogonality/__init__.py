@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from adalora_fast.ops import backend, launch
-from adalora_fast.ops.library import define, define_gradient, without_autocast
+from adalora_fast.ops.library import NO_CUDA_GRAPH, define, define_gradient, without_autocast
 from adalora_fast.ops.orthogonality import reference
 from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
 
@@ -27,6 +27,7 @@ def _fake(lora_A, lora_B, penalty, with_grad):
 @define(
     "orthogonality(Tensor[] lora_A, Tensor[] lora_B, str penalty, bool with_grad) -> (Tensor, Tensor[])",
     fake=_fake,
+    tags=NO_CUDA_GRAPH,
 )
 def _orthogonality(lora_A, lora_B, penalty, with_grad):
     with without_autocast(lora_A[0].device.type):

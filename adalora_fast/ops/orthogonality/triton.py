@@ -40,15 +40,15 @@ def loss(
     stacks, gradients = _stacks(lora_A, lora_B) if with_grad else ([], [(0, f.dtype) for f in factors])
     segments, n_segments, taken, R, rank, even = _segments(shapes_of(lora_A), shapes_of(lora_B), place)
     if not n_segments:  # ranks of zero only
-        return torch.zeros((), device=device), stacks
+        return torch.zeros((), dtype=torch.float32, device=device), stacks
     codes = tables.TYPE_CODES
     addresses = (*(factors[i].data_ptr() for i in taken), *(gradients[i][0] for i in taken))
     types = [codes[factors[i].dtype] + 4 * codes[gradients[i][1]] for i in taken]
     located = tables.table((*addresses, *types), torch.int64, place)
-    partials = torch.empty(n_segments, R, R, device=device)
-    norms = torch.empty(len(taken), device=device)
+    partials = torch.empty(n_segments, R, R, dtype=torch.float32, device=device)
+    norms = torch.empty(len(taken), dtype=torch.float32, device=device)
     counter = torch.empty((), dtype=torch.int32, device=device)
-    value = torch.empty((), device=device)
+    value = torch.empty((), dtype=torch.float32, device=device)
     shared = {
         "R": R, "BLOCK": BLOCK[R], "CHUNK": CHUNK[R],
         "RANK": rank, "TYPE": types[0] if len(set(types)) == 1 else -1,
