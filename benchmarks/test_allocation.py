@@ -8,9 +8,7 @@ mask_to_budget does the same three things (and keeps fewer on ties). Selection a
 65,536 triplets beside it. The second form lets all take turns.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from adalora_fast.ops import allocate_, backend, importance_scores, importance_u
 from adalora_fast.ops.allocation import reference as plain_allocation
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
 from benchmarks.adapters import DEVICE, RANK, SHAPES, make_parameters, peft_allocator
-from benchmarks.turns import figures, finished, kernel_launches, show, take_turns
+from benchmarks.turns import figures, finished, kernel_launches, options, show, take_turns
 
 SCORE, SMOOTHING = "sensitivity", "ema_uncertainty"
 TRIPLETS = RANK * len(SHAPES)
@@ -90,14 +88,7 @@ def test_selection(benchmark, name, triplets):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")
-    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = options(__doc__)
     data = {
         "benchmark": "allocation",
         "device": str(DEVICE),

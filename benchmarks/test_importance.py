@@ -9,9 +9,7 @@ statistics: 24 bytes an entry. The C++ kernel reads weights and gradients twice,
 may change nothing. The second form lets all take turns, with a copy that moves as many bytes as the floor.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from adalora_fast.environment import environment, write_json
 from adalora_fast.ops import backend, importance_update_
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
 from benchmarks.adapters import DEVICE, make_parameters, peft_allocator
-from benchmarks.turns import figures, finished, kernel_launches, show, take_turns
+from benchmarks.turns import figures, finished, kernel_launches, options, show, take_turns
 
 SCORE, SMOOTHING, BETA = "sensitivity", "ema_uncertainty", 0.85
 BYTES_PER_ENTRY = 24
@@ -68,14 +66,7 @@ def test_importance_update(benchmark, name):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")
-    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = options(__doc__)
     running = contestants()
     gate(running)
     times = take_turns(running, arguments.rounds)

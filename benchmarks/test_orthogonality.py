@@ -8,9 +8,7 @@ floor reads every factor and writes its gradient: 8 bytes an entry. The second f
 a copy that moves as many bytes.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 from adalora_fast.environment import environment, write_json
 from adalora_fast.ops import backend, orthogonality
 from benchmarks.adapters import DEVICE, make_parameters
-from benchmarks.turns import figures, finished, kernel_launches, show, take_turns
+from benchmarks.turns import figures, finished, kernel_launches, options, show, take_turns
 
 BYTES_PER_ENTRY = 8
 OURS = f"adalora_fast ({backend.choose('orthogonality', DEVICE.type).backend})"
@@ -63,14 +61,7 @@ def test_orthogonality(benchmark, name):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")
-    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = options(__doc__)
     running = contestants()
     gate(running)
     times = take_turns(running, arguments.rounds)

@@ -3,9 +3,11 @@
 On a machine with other work only ratios mean something: what slows a round slows all of its contestants.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -68,3 +70,16 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
     for name, figure in found.items():
         median, low, high, ratio = figure.values()
         print(f"  {name:12}{median:9.3f} ms   (p20 {low:.3f}, p80 {high:.3f})   {ratio:6.2f}x")
+
+
+def options(description: str) -> argparse.Namespace:
+    """The command line of a benchmark of turns; sets PyTorch's number of threads."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds (default 30)")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")
+    parser.add_argument("--json", type=Path, help="write the figures and the environment to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return arguments

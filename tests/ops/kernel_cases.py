@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adalora_fast import AdaLoraLinear
 from adalora_fast.ops import backend, launch
 from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter.plans import OuterPlan, Plan, Tile
@@ -147,3 +148,14 @@ def triton_backend() -> Iterator[None]:
             yield
         finally:
             clear_choices()
+
+
+def small_case(**options):
+    return exact_case(20, 24, 17, 3, **options)
+
+
+def make_layer(dropout: float = 0.0, **options) -> AdaLoraLinear:
+    torch.manual_seed(0)
+    layer = AdaLoraLinear(24, 24, 3, dropout=dropout, device=DEVICE, **options)
+    torch.nn.init.normal_(layer.lora_E)
+    return layer

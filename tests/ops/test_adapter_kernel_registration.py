@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from adalora_fast import AdaLoraLinear
 from adalora_fast.ops import adalora_linear, adapter
 from adalora_fast.ops.adapter import triton as kernels
 from tests.ops.kernel_cases import (
@@ -14,9 +13,11 @@ from tests.ops.kernel_cases import (
     exact_case,
     exact_grad,
     launched,
+    make_layer,
     planned,
     random_case,
     run,
+    small_case,
     triton_backend,
 )
 from tests.ops.naive import leaves, onto_linear, truth
@@ -32,17 +33,6 @@ def kernels_run():
     with triton_backend():
         yield
     adapter._within_limits.cache_clear()
-
-
-def small_case(**options):
-    return exact_case(20, 24, 17, 3, **options)
-
-
-def make_layer(dropout: float = 0.0, **options) -> AdaLoraLinear:
-    torch.manual_seed(0)
-    layer = AdaLoraLinear(24, 24, 3, dropout=dropout, device=DEVICE, **options)
-    torch.nn.init.normal_(layer.lora_E)
-    return layer
 
 
 @pytest.fixture

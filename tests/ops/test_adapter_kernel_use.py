@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adalora_fast import AdaLoraLinear
 from adalora_fast.ops import adalora_delta_, adalora_linear, adapter
 from adalora_fast.ops.adapter import dropout
 from adalora_fast.ops.adapter import triton as kernels
@@ -23,9 +22,11 @@ from tests.ops.kernel_cases import (
     assert_same,
     exact_case,
     exact_grad,
+    make_layer,
     planned,
     random_case,
     run,
+    small_case,
     triton_backend,
 )
 from tests.ops.kernels import counted
@@ -43,17 +44,6 @@ def kernels_run():
     with triton_backend():
         yield
     adapter._within_limits.cache_clear()
-
-
-def small_case(**options):
-    return exact_case(20, 24, 17, 3, **options)
-
-
-def make_layer(dropout: float = 0.0, **options) -> AdaLoraLinear:
-    torch.manual_seed(0)
-    layer = AdaLoraLinear(24, 24, 3, dropout=dropout, device=DEVICE, **options)
-    torch.nn.init.normal_(layer.lora_E)
-    return layer
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
