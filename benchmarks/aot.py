@@ -187,9 +187,7 @@ def compile_all(wanted: Iterable[Specialisation], workers: int = 1) -> list[Reso
 
 
 def faults(found: Iterable[Resources]) -> list[str]:
-    """What must not be: a spilled register, more shared memory than a block has, half types without matrix
-    instructions.
-    """
+    """What must not be: a spilled register, more shared memory than a block has."""
     said = []
     for one in found:
         name = f"{one.kernel} for sm_{one.arch} ({one.types}; {one.constants})"

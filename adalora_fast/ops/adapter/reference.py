@@ -68,12 +68,12 @@ def _keep(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return survivors(seed, *like.shape, dropout_p).to(like.dtype) * survivors_scale(dropout_p)
 
 
-def _dropped(rows: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    return rows if seed is None else rows * _keep(rows, seed, dropout_p)
-
-
-def _project(inputs: Tensor, lora_A: Tensor, lora_E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(h, S); the fold is done in the factors' own type and rounded once."""
+def _project(
+    inputs: Tensor, lora_A: Tensor, lora_E: Tensor, dtype: torch.dtype, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """(h, S) of x [M, K]; the fold is done in the factors' own type and rounded once."""
+    if seed is not None:
+        inputs = inputs * _keep(inputs, seed, dropout_p)
     S = _cast(lora_A * lora_E, dtype)  # [R, K]
     return _cast(inputs, dtype) @ S.t(), S  # [M, R]
 
@@ -95,9 +95,7 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     y = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()  # [M, N]
     inputs = rows if adapter_input is None else adapter_input.reshape(-1, x.shape[-1])
-    if seed is not None:
-        inputs = _dropped(inputs, seed, dropout_p)
-    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else x.dtype)
+    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else x.dtype, seed, dropout_p)
     y = _add_product(y, h, _cast(lora_B, h.dtype), scaling)
     return y.view(*x.shape[:-1], weight.shape[0]), h, S
 
@@ -114,8 +112,8 @@ def delta(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(result + c h Bᵀ, h, S) for any base whose output is ``result``; ``result`` is left as it is."""
-    inputs = _dropped(x.reshape(-1, x.shape[-1]), seed, dropout_p)
-    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype)
+    inputs = x.reshape(-1, x.shape[-1])
+    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype, seed, dropout_p)
     rows, B = result.reshape(-1, result.shape[-1]), _cast(lora_B, h.dtype)  # [M, N], [N, R]
     if h.dtype == rows.dtype:
         y = torch.addmm(rows, h, B.t(), alpha=scaling)
@@ -136,8 +134,8 @@ def delta_(
     dropout_p: float = 0.0,
 ) -> None:
     """result += c h Bᵀ in place, without what a backward would need."""
-    inputs = _dropped(x.reshape(-1, x.shape[-1]), seed, dropout_p)
-    h, _ = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype)
+    inputs = x.reshape(-1, x.shape[-1])
+    h, _ = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype, seed, dropout_p)
     _add_product(result.view(-1, result.shape[-1]), h, _cast(lora_B, h.dtype), scaling)
 
 
@@ -163,7 +161,7 @@ def backward(
     seed: Tensor | None,
     dropout_p: float,
     needs: list[bool],
-    finish: Finish | None = None,
+    finish: Finish = right_factor_gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx', dA, dE, dB); what ``needs`` (in this order) leaves out is an empty tensor.
 
@@ -193,6 +191,6 @@ def backward(
     if need_A or need_E:
         dropped = inputs if keep is None else inputs * keep
         V = _cast(g.t() @ _cast(dropped, h.dtype), lora_A.dtype)  # [R, K]
-        new_A, new_E = (finish or right_factor_gradients)(V, lora_A, lora_E, need_A, need_E)
+        new_A, new_E = finish(V, lora_A, lora_E, need_A, need_E)
         dA, dE = new_A if need_A else dA, new_E if need_E else dE
     return dx, d_input, dA, dE, dB
