@@ -6,16 +6,18 @@ Order in a training step: ``loss.backward()`` → clip → ``optimizer.step()`` 
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
+from adalora_fast.attachment import Attachment
 from adalora_fast.nn import Factors, adapted_layers
-from adalora_fast.ops import allocate_, apply_mask_, importance_scores, importance_update_
-from adalora_fast.ops.importance import layout_of, reference
-from adalora_fast.schedule import BudgetSchedule
-from adalora_fast.scores import get_score, resolve_smoothing, statistic_names, user_signals
+from adalora_fast.ops import allocate_, apply_mask_
+from adalora_fast.schedule import BudgetSchedule, Position
+from adalora_fast.scores import get_score, resolve_smoothing
+from adalora_fast.statistics import Statistics
 from adalora_fast.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("total", "task")
@@ -41,12 +43,20 @@ class RankAllocator:
             part.
         layers: name → function returning the layer's :class:`Factors`; None collects them from ``model``.
         finished: the layers were cut down to their final ranks already; nothing is left to prune.
-        capturable: make :meth:`step` part of a CUDA graph; not yet possible.
+        capturable: :meth:`step` may be captured in a CUDA graph: it takes the same path every time, counts
+            on the device and keeps its tensors in their places. It scores and selects at every step, so
+            leave it off elsewhere. Reading ``t``, ``is_final``, ``is_over`` and ``budget`` then waits for
+            the device.
 
     Raises:
         ValueError, TypeError: any argument out of range, or a model without adapted layers.
-        NotImplementedError: ``capturable=True``.
+        NotImplementedError: ``capturable=True`` while no GPU has shown it to be right.
     """
+
+    def __new__(cls, *args, capturable: bool = False, **options) -> "RankAllocator":
+        if capturable and cls is RankAllocator:
+            from adalora_fast.capture import CapturableRankAllocator as cls
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -65,26 +75,19 @@ class RankAllocator:
         score_gradient: str = "total",
         layers: Mapping[str, Callable[[], Factors | None]] | None = None,
         finished: bool = False,
-        capturable: bool = False,
+        capturable: bool = False,  # for __new__
     ) -> None:
-        if capturable:
-            raise NotImplementedError(
-                "capturable=True needs a measured run on a GPU that shows a replayed step equal to an eager "
-                "one, and there is none yet; use capturable=False, which does not wait for the device either"
-            )
         self._layers = dict(adapted_layers(model) if layers is None else layers)
         if not self._layers:
             raise ValueError(
                 f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
             )
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0.0 < beta < 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {beta}")
         if score_gradient not in SCORE_GRADIENTS:
             raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
         self.score = get_score(score)
         self.smoothing = resolve_smoothing(self.score, smoothing)
         self.beta1, self.beta2, self.score_gradient = beta1, beta2, score_gradient
+        self._statistics = Statistics(self.score, self.smoothing, beta1, beta2)
         if target_total_rank is None:
             target_total_rank = target_r * len(self._layers)
         self._wanted = target_total_rank
@@ -98,12 +101,11 @@ class RankAllocator:
             )
         self._initial, self._target = initial, target_total_rank
         self.set_schedule(tinit=tinit, tfinal=tfinal, deltaT=deltaT, total_step=total_step)
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._automatic = self._optimizer_has_stepped = False
+        self._attachment: Attachment | None = None
         self._task_gradient = TaskGradient()
         self.keep_whole = False  # whoever ends the run says so with finalize(); the last step alone does not
         self.reset()
-        self.is_final = self.is_over = finished
+        self._go_to(Position(is_final=finished, is_over=finished))
         model.rankallocator = self
 
     def set_schedule(self, *, tinit: int, tfinal: int, deltaT: int, total_step: int) -> None:
@@ -124,37 +126,51 @@ class RankAllocator:
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a copy of the allocator, without the ties to the original's optimizer."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_hook"}
-        return {**state, "_optimizer": None}
+        return {**self.__dict__, "_attachment": None}
 
     def reset(self) -> None:
         """Forget everything that was learnt: the run starts again at t = 0 with every triplet kept."""
-        self.t = 0
-        self.is_final = False  # the mask of the final step has been made
-        self.is_over = False  # the run has ended: checkpoints may drop the pruned triplets
-        self._user_state: dict[str, Tensor] = {}
         self._task_gradient.forget()
-        self._allocate_statistics()
-
-    def _allocate_statistics(self) -> None:
-        parameters = self._parameters()
-        self._device, self._dtype = _placement(parameters)
-        self._shapes = [parameter.shape for parameter in parameters]
-        rows = len(self._statistic_names())
-        size = layout_of(parameters, self.score.name).size
-        self._statistics = torch.zeros(rows, size, dtype=self._dtype, device=self._device)
-        self._updates = torch.zeros(len(parameters), dtype=torch.int64, device=self._device)
-        self._update_count = 0
-        self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._device)
+        self._statistics.reset(self._parameters())
+        self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._statistics.device)
         self._scores: Tensor | None = None  # those that the mask was made of
         self._said_nan = False
+        self._go_to(Position())
+
+    def _go_to(self, position: Position) -> None:
+        self._position = position
+        if position.is_final:
+            self._statistics.drop()
+
+    def _here(self) -> Position:
+        return self._position
+
+    def _note_end(self) -> None:
+        at_end = self._position.t >= self.schedule.total_step and not self.keep_whole
+        self._position.is_over = self._position.is_over or at_end
+
+    @property
+    def t(self) -> int:
+        """Steps taken."""
+        return self._here().t
+
+    @property
+    def is_final(self) -> bool:
+        """The mask of the final step has been made."""
+        return self._here().is_final
+
+    @property
+    def is_over(self) -> bool:
+        """The run has ended: checkpoints may drop the pruned triplets."""
+        return self._here().is_over
+
+    @is_over.setter
+    def is_over(self, value: bool) -> None:
+        self._here().is_over = value
 
     def total_rank(self) -> int:
         """The triplets that exist, pruned ones included."""
         return sum(factors.lora_E.shape[0] for factors in self._factors())
-
-    def _statistic_names(self) -> tuple[str, ...]:
-        return statistic_names(self.score.name, self.smoothing)
 
     def _factors(self) -> list[Factors]:
         return [find() for find in self._layers.values()]
@@ -166,7 +182,8 @@ class RankAllocator:
     @property
     def budget(self) -> int:
         """b(t) of the last step that was taken (b(0) before the first)."""
-        return self.schedule.budget(max(self.t - 1, 0)) if not self.is_final else self.schedule.target
+        here = self._here()
+        return self.schedule.target if here.is_final else self.schedule.budget(max(here.t - 1, 0))
 
     @torch.no_grad()
     def step(self, t: int | None = None) -> None:
@@ -180,11 +197,12 @@ class RankAllocator:
             RuntimeError: the attached optimizer has not stepped since the last call (called before
                 ``optimizer.step()``, or twice for one).
         """
-        t = self.t if t is None else t
+        position = self._position
+        t = position.t if t is None else t
         if not isinstance(t, int) or t < 0:
             raise ValueError(f"the step must be an integer of at least 0, got {t!r}")
         self._check_order()
-        if self.is_final:
+        if position.is_final:
             apply_mask_(self._mask, self._lambdas())
         elif t < self.schedule.final_step:
             self._update_statistics()
@@ -197,49 +215,57 @@ class RankAllocator:
                     f"it is made now, at step {t}"
                 )
             self._make_final()
-        self.t = t + 1
-        self.is_over = self.is_over or (self.t >= self.schedule.total_step and not self.keep_whole)
+        self._position.t = t + 1  # the final allocation made another one
+        self._note_end()
         self._task_gradient.forget()
+
+    def _counted_budget(self, budget: Tensor, final: Tensor | bool) -> Tensor:
+        """Too few updates keep everything, but for the final mask; only the device knows which counted."""
+        return torch.where(self._statistics.enough() | final, budget, self._mask.numel())
 
     @torch.no_grad()
     def finalize(self) -> None:
         """End the run: where the final budget was not reached, prune to it now, with a warning."""
-        if not self.is_final:
+        here = self._here()
+        if not here.is_final:
             _warn(
-                f"the run ended after {self.t} of {self.schedule.total_step} steps, before the final "
+                f"the run ended after {here.t} of {self.schedule.total_step} steps, before the final "
                 f"allocation (step {self.schedule.final_step}); it is pruned from {self.budget} to "
                 f"{self.schedule.target} triplets now"
             )
             self._make_final()
         else:
             apply_mask_(self._mask, self._lambdas())  # whatever the last optimizer step brought back
-        self.is_over = True
+        self._position.is_over = True
 
     def _make_final(self) -> None:
-        if self._update_count < self.score.min_updates:
-            _warn(
-                f"the final allocation rests on {self._update_count} updates of the statistics; train longer"
-            )
+        self._warn_of_few_updates(self._position.updates)
         self._prune(self.schedule.target, final=True)
-        self.is_final = True
-        self._statistics = self._statistics[:, :0]  # never read again
-        self._user_state = {}
+        self._go_to(replace(self._position, is_final=True))
+
+    def _warn_of_few_updates(self, updates: int) -> None:
+        if updates < self.score.min_updates:
+            _warn(f"the final allocation rests on {updates} updates of the statistics; train longer")
 
     def _lambdas(self) -> list[Tensor]:
         return [factors.lora_E for factors in self._factors()]
 
     def _prune(self, budget: int, final: bool = False) -> None:
-        parameters = self._parameters()
-        if self.score.function is None:
-            scores = importance_scores(parameters, self._statistics, self.score.name, self.smoothing)
-        else:
-            scores = reference.triplet_scores(parameters, self._statistics, self.score.name, self.smoothing)
+        scores = self._statistics.scores(self._parameters())
         kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
-        if not final:  # too few updates keep everything; only the device knows which counted
-            kept = torch.where(self._updates.max() < self.score.min_updates, scores.numel(), kept)
-        self._mask, self._scores = allocate_(scores, kept, self._lambdas()), scores
+        if not final:
+            kept = self._unless_too_early(kept)
+        self._keep(allocate_(scores, kept, self._lambdas()), scores)
 
-    def _update_statistics(self) -> None:
+    def _unless_too_early(self, budget: Tensor) -> Tensor:
+        """Too few updates keep everything; only the device knows which counted."""
+        return torch.where(self._statistics.enough(), budget, self._mask.numel())
+
+    def _keep(self, mask: Tensor, scores: Tensor) -> None:
+        self._mask, self._scores = mask, scores
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The parameters and their gradients."""
         parameters = self._parameters()
         grads = [parameter.grad for parameter in parameters]
         if all(grad is None for grad in grads):
@@ -247,49 +273,17 @@ class RankAllocator:
                 "no adapter parameter has a gradient; call allocator.step() after loss.backward() "
                 "and before zero_grad()"
             )
-        self._check_placement(parameters)
+        return parameters, grads
+
+    def _update_statistics(self) -> None:
+        parameters, grads = self._gradients()
+        if not self._statistics.fit(parameters):  # the model was moved or cast
+            self._statistics.move_to(parameters)
+            self._mask = self._mask.to(self._statistics.device)
         if self.score_gradient == "task":
-            grads = self._task_gradient.of(parameters, grads, self._dtype)
-        if self.score.function is None:
-            importance_update_(
-                parameters,
-                grads,
-                self._statistics,
-                self._updates,
-                self.score.name,
-                self.smoothing,
-                self.beta1,
-                self.beta2,
-            )
-        else:
-            self._update_user_statistics(parameters, grads)
-        self._update_count += 1
-
-    def _check_placement(self, parameters: list[Tensor]) -> None:
-        """Follow a model that was moved or cast; refuse one whose layers changed shape."""
-        if [parameter.shape for parameter in parameters] != self._shapes:
-            raise ValueError("adapter shapes changed since the allocator was made; call rebind() on it")
-        device, dtype = _placement(parameters)
-        if (device, dtype) != (self._device, self._dtype):
-            self._device, self._dtype = device, dtype
-            self._statistics = self._statistics.to(device, dtype)
-            self._updates, self._mask = self._updates.to(device), self._mask.to(device)
-            self._user_state = {key: value.to(device) for key, value in self._user_state.items()}
-
-    def _update_user_statistics(self, parameters: list[Tensor], grads: list[Tensor | None]) -> None:
-        """A registered score's path: plain PyTorch, one call per shape, and a look at the finite flag."""
-        layout = layout_of(parameters, self.score.name)
-        taken = user_signals(self.score, layout, parameters, grads, self._user_state, self._dtype)
-        if taken is None:
-            return
-        values, self._user_state = taken
-        alive = torch.tensor([grad is not None for grad in grads], device=self._device)
-        names = self._statistic_names()
-        for group, value in zip(layout.groups, values, strict=True):
-            rows = {name: group.view(self._statistics[row]) for row, name in enumerate(names)}
-            moving = alive[list(group.members)].to(self._dtype).view(-1, 1, 1)
-            reference.smooth_(rows, value, self.smoothing, moving, self.beta1, self.beta2)
-        self._updates.add_(alive)
+            grads = self._task_gradient.of(parameters, grads, self._statistics.dtype)
+        self._statistics.update_(parameters, grads)
+        self._position.updates += 1
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
@@ -309,45 +303,19 @@ class RankAllocator:
             ValueError: the optimizer holds none of the adapter's parameters.
             RuntimeError: another optimizer is attached already.
         """
-        while not hasattr(optimizer, "register_step_post_hook") or hasattr(optimizer, "optimizer"):
-            if not hasattr(optimizer, "optimizer"):
-                raise ValueError(
-                    f"{type(optimizer).__name__} is no torch optimizer; call allocator.step() by hand"
-                )
-            optimizer = optimizer.optimizer
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in held for parameter in self._parameters()):
-            raise ValueError(
-                "this optimizer holds none of the adapter's parameters; attach the one that trains them"
-            )
-        if self._optimizer is not None:
+        if self._attachment is not None:
             raise RuntimeError("an optimizer is attached already; call detach() first")
-        self._optimizer, self._automatic, self._optimizer_has_stepped = optimizer, automatic, False
-        self._hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._attachment = Attachment(optimizer, self._parameters, self.step if automatic else None)
 
     def detach(self) -> None:
         """Undo :meth:`attach`."""
-        if self._optimizer is not None:
-            self._hook.remove()
-            self._optimizer = None
-
-    def _after_optimizer_step(self, optimizer, args, kwargs) -> None:
-        self._optimizer_has_stepped = True
-        if self._automatic:
-            self.step()
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
 
     def _check_order(self) -> None:
-        if self._optimizer is None:
-            return
-        if not self._optimizer_has_stepped:
-            present = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-            if all(grad.isfinite().all() for grad in present):
-                raise RuntimeError(
-                    "allocator.step() was called without an optimizer.step() since the last one; call it "
-                    "once, after optimizer.step() and before zero_grad()"
-                    + (" (attach() already does: remove the call)" if self._automatic else "")
-                )
-        self._optimizer_has_stepped = False
+        if self._attachment is not None:
+            self._attachment.check_order()
 
     def ranks(self) -> dict[str, int]:
         """Name of every layer and the number of its triplets that are kept. Waits for the device."""
@@ -399,7 +367,7 @@ class RankAllocator:
             total_step=schedule.total_step,
         )
         self.reset()
-        self.is_final = self.is_over = finished
+        self._go_to(Position(is_final=finished, is_over=finished))
 
     def state_dict(self) -> AllocatorState:
         """Everything a resumed run needs: step, flags, mask, statistics; tensors are copies on the CPU."""
@@ -413,14 +381,18 @@ class RankAllocator:
         """
         load_state(self, state)
 
-
-def _placement(parameters: list[Tensor]) -> tuple[torch.device, torch.dtype]:
-    """Where statistics live and in which type: float64 if any parameter is, else float32."""
-    devices = {parameter.device for parameter in parameters}
-    if len(devices) > 1:
-        raise ValueError(f"adapter parameters lie on several devices ({sorted(map(str, devices))}); use one")
-    wide = any(parameter.dtype == torch.float64 for parameter in parameters)
-    return devices.pop(), torch.float64 if wide else torch.float32
+    def _restore(
+        self,
+        position: Position,
+        mask: Tensor,
+        values: Tensor,
+        updates: Tensor,
+        user_state: dict[str, Tensor],
+    ) -> None:
+        """Go on from there; everything fits."""
+        self._mask = mask
+        self._statistics.restore(values, updates, user_state)
+        self._go_to(position)
 
 
 def _warn(message: str) -> None:

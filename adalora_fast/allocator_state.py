@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from adalora_fast.ops.importance import layout_of
 from adalora_fast.ops.importance.reference import KINDS
+from adalora_fast.schedule import Position
 
 if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
@@ -24,17 +25,18 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
     """See :meth:`RankAllocator.state_dict`. Statistics are stored per parameter, so that the file explains
     itself.
     """
+    here, statistics = allocator._here(), allocator._statistics
     config = {
         "format": FORMAT,
-        "t": allocator.t,
-        "is_final": allocator.is_final,
-        "is_over": allocator.is_over,
+        "t": here.t,
+        "is_final": here.is_final,
+        "is_over": here.is_over,
         "budget": allocator.budget,
-        "update_count": allocator._update_count,
+        "update_count": here.updates,
         "score": allocator.score.name,
         "smoothing": allocator.smoothing,
-        "beta1": allocator.beta1,
-        "beta2": allocator.beta2,
+        "beta1": allocator._statistics.beta1,
+        "beta2": allocator._statistics.beta2,
         "score_gradient": allocator.score_gradient,
         "schedule": {
             name: getattr(allocator.schedule, name)
@@ -44,22 +46,21 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
     }
     tensors = {
         "mask": allocator._mask.to("cpu", copy=True),
-        "updates": allocator._updates.to("cpu", copy=True),
+        "updates": statistics.updates.to("cpu", copy=True),
     }
-    for name, view in _statistic_views(allocator, allocator._statistics):
-        tensors[name] = view.to("cpu", copy=True)
-    for name, tensor in allocator._user_state.items():
+    if not here.is_final:
+        for name, view in _statistic_views(allocator, statistics.values):
+            tensors[name] = view.to("cpu", copy=True)
+    for name, tensor in statistics.user_state.items():
         tensors[f"user/{name}"] = tensor.to("cpu", copy=True)
     return {"config": config, "tensors": tensors}
 
 
 def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
-    """(name, view into ``buffer``) of every statistic of every parameter; none once the mask is final."""
-    if buffer.shape[1] == 0:
-        return
+    """(name, view into ``buffer``) of every statistic of every parameter."""
     layers = list(allocator._layers)
     layout = layout_of(allocator._parameters(), allocator.score.name)
-    for row, statistic in enumerate(allocator._statistic_names()):
+    for row, statistic in enumerate(allocator._statistics.names):
         for group in layout.groups:
             stacked = group.view(buffer[row])
             for position, member in enumerate(group.members):
@@ -71,24 +72,28 @@ def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
     ranks = [factors.lora_E.shape[0] for factors in allocator._factors()]
     mask = check_state(state, allocator, dict(zip(allocator.layer_names, ranks, strict=True)))
     config, tensors = state["config"], state["tensors"]
-    size = 0 if config["is_final"] else layout_of(allocator._parameters(), allocator.score.name).size
-    shape = (len(allocator._statistic_names()), size)
-    statistics = torch.zeros(shape, dtype=allocator._dtype, device=allocator._device)
-    for name, view in _statistic_views(allocator, statistics):
+    ours = allocator._statistics
+    values = ours.new(allocator._parameters())
+    for name, view in () if config["is_final"] else _statistic_views(allocator, values):
         if name not in tensors or tensors[name].shape != view.shape:
             raise ValueError(
                 f"allocator state lacks {name} {tuple(view.shape)}; it is damaged or of another model"
             )
         view.copy_(tensors[name])
-    allocator._statistics, allocator._mask = statistics, mask.to(allocator._device)
-    allocator._updates = tensors["updates"].to(allocator._device, copy=True)
-    allocator._user_state = {
-        name.removeprefix("user/"): tensor.to(allocator._device, copy=True)
+    user_state = {
+        name.removeprefix("user/"): tensor.to(ours.device, copy=True)
         for name, tensor in tensors.items()
         if name.startswith("user/")
     }
-    allocator._update_count = config["update_count"]
-    allocator.t, allocator.is_final, allocator.is_over = config["t"], config["is_final"], config["is_over"]
+    position = Position(
+        t=config["t"],
+        is_final=config["is_final"],
+        is_over=config["is_over"],
+        updates=config["update_count"],
+    )
+    allocator._restore(
+        position, mask.to(ours.device), values, tensors["updates"].to(ours.device, copy=True), user_state
+    )
 
 
 def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[str, int]) -> torch.Tensor:
@@ -118,10 +123,9 @@ def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[s
             f"allocator state is incomplete ({error}); it is damaged or not an allocator's"
         ) from error
     kept = _mask_for_layers(mask, layers, ranks, config)
-    if updates.shape != allocator._updates.shape:
-        raise ValueError(
-            f"allocator state counts {updates.numel()} parameters, the model has {len(allocator._updates)}"
-        )
+    expected = len(allocator._statistics.updates)
+    if updates.shape != (expected,):
+        raise ValueError(f"allocator state counts {updates.numel()} parameters, the model has {expected}")
     if updates.dtype != torch.int64 or (updates < 0).any():
         raise ValueError("allocator state has updates that are no counts; it is damaged")
     statistics = {name: t for name, t in tensors.items() if name not in ("mask", "updates")}
@@ -141,7 +145,7 @@ def _check_statistics(allocator: "RankAllocator", layers: dict[str, int], tensor
         shapes["lora_B"] = (factors.lora_B.shape[0], rank)
         if rank == 0:
             continue
-        for statistic in allocator._statistic_names():
+        for statistic in allocator._statistics.names:
             for kind in ("lora_E",) if allocator.score.name == "magnitude" else shapes:
                 name = f"{statistic}/{layer}.{kind}"
                 if name not in tensors or tensors[name].shape != shapes[kind]:

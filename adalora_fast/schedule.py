@@ -83,3 +83,20 @@ class BudgetSchedule:
         if t >= self.final_step:
             return t == self.final_step
         return t > self.tinit and t % self.deltaT == 0
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Where a run is in its schedule.
+
+    Args:
+        t: steps taken.
+        is_final: the mask of the final step has been made.
+        is_over: the run has ended; checkpoints may drop the pruned triplets.
+        updates: steps whose gradients the statistics took in.
+    """
+
+    t: int = 0
+    is_final: bool = False
+    is_over: bool = False
+    updates: int = 0

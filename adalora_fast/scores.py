@@ -15,7 +15,7 @@ __all__ = [
     "resolve_smoothing",
     "score_names",
     "statistic_names",
-    "user_signals",
+    "update_user_statistics_",
 ]
 
 
@@ -117,7 +117,36 @@ def register_score(
     return _scores[name]
 
 
-def user_signals(
+def update_user_statistics_(
+    score: Score,
+    smoothing: str,
+    parameters: list[Tensor],
+    grads: list[Tensor | None],
+    statistics: Tensor,
+    updates: Tensor,
+    state: dict[str, Tensor],
+    beta1: float,
+    beta2: float,
+) -> dict[str, Tensor]:
+    """What ``importance_update_`` does, for a registered score: plain PyTorch, one call per shape, and a look
+    at the finite flag; returns the functions' new state.
+    """
+    layout = reference.layout_of(parameters, score.name)
+    taken = _user_signals(score, layout, parameters, grads, state, statistics.dtype)
+    if taken is None:
+        return state
+    values, state = taken
+    alive = torch.tensor([grad is not None for grad in grads], device=statistics.device)
+    names = statistic_names(score.name, smoothing)
+    for group, value in zip(layout.groups, values, strict=True):
+        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
+        moving = alive[list(group.members)].to(statistics.dtype).view(-1, 1, 1)
+        reference.smooth_(rows, value, smoothing, moving, beta1, beta2)
+    updates.add_(alive)
+    return state
+
+
+def _user_signals(
     score: Score,
     layout: reference.Layout,
     parameters: list[Tensor],

@@ -42,7 +42,10 @@ def launch_importance(sample: bool) -> None:
         size = layout_of(parameters, score).size
         statistics = torch.empty(len(statistic_names(score, smoothing)), size, device="meta")
         updates = torch.empty(len(parameters), dtype=torch.int64, device="meta")
-        importance.update_(parameters, parameters, statistics, updates, score, smoothing, 0.85, 0.85)
+        for active in (None, torch.empty((), dtype=torch.bool, device="meta")):
+            importance.update_(
+                parameters, parameters, statistics, updates, score, smoothing, 0.85, 0.85, active
+            )
         importance.triplet_scores(parameters, statistics, score, smoothing)
 
 

@@ -388,7 +388,9 @@ def test_scores_that_are_no_numbers_lose_and_are_reported_once():
     model = make_model()
     optimizer, allocator = make_optimizer(model), make_allocator(model, deltaT=1)
     train(model, optimizer, allocator, range(3))
-    allocator._statistics[:, 0] = float("nan")  # an entry of one triplet, as damaged memory would leave it
+    allocator._statistics.values[:, 0] = float(
+        "nan"
+    )  # an entry of one triplet, as damaged memory would leave it
     train(model, optimizer, allocator, range(3, SCHEDULE["total_step"]))
     said = "1 of 12 triplets have no number as their sensitivity score, the first in 0; they are pruned"
     with pytest.warns(UserWarning, match=said):

@@ -43,7 +43,10 @@ class Observer:
         allocator = self.allocator
         with torch.no_grad():
             got = importance_scores(
-                allocator._parameters(), allocator._statistics, allocator.score.name, allocator.smoothing
+                allocator._parameters(),
+                allocator._statistics.values,
+                allocator.score.name,
+                allocator.smoothing,
             )
         want = triplet_scores(self.histories, allocator.score.name, allocator.smoothing, 0.85, 0.85)
         assert relative_error(got, want) < bound
@@ -325,5 +328,7 @@ def test_float32_keeps_the_small_task_part():
             allocator.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            scores.append(importance_scores(allocator._parameters(), allocator._statistics, "fisher", "ema"))
+            scores.append(
+                importance_scores(allocator._parameters(), allocator._statistics.values, "fisher", "ema")
+            )
     assert relative_error(scores[0], scores[1]) < 1e-3

@@ -89,6 +89,21 @@ def test_a_step_without_any_gradient_changes_nothing(score):
     assert torch.equal(statistics, before[0]) and torch.equal(updates, before[1])
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_a_step_that_is_not_active_changes_nothing(score):
+    parameters, ends = make_parameters(), []
+    for marks in ((None, None), (True, False, True)):
+        statistics, updates = make_buffers(parameters, score, "ema_uncertainty")
+        for mark in marks:
+            active = None if mark is None else torch.tensor(mark)
+            grads = [p * (9.0 if mark is False else 1.0) for p in parameters]
+            importance_update_(
+                parameters, grads, statistics, updates, score, "ema_uncertainty", active=active
+            )
+        ends.append((statistics, updates))
+    assert torch.equal(ends[0][0], ends[1][0]) and (ends[1][1] == 2).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(
@@ -235,6 +250,8 @@ def test_strided_parameters_and_gradients(layout):
         ({"grads": [None]}, "grads"),
         ({"beta1": 1.5}, "beta1"),
         ({"beta2": -0.1}, "beta2"),
+        ({"active": torch.tensor([True])}, "active is torch.bool"),
+        ({"active": torch.tensor(1)}, "active is torch.int64"),
     ],
     ids=lambda value: str(value)[:24],
 )

@@ -127,6 +127,19 @@ def test_one_bad_entry_anywhere_changes_nothing(score):
         assert torch.equal(updates, before[1]), "an overflow was counted as an update"
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_a_step_that_is_not_active_changes_nothing(score):
+    parameters = make(((5, 2, 3), (40, 2, 2)))
+    statistics, updates = buffers(parameters, score, "ema")
+    for number, active in enumerate((True, False, True)):
+        before = statistics.clone(), updates.clone()
+        grads, mark = draw(parameters, number), torch.tensor(active, device=DEVICE)
+        with poisoned():
+            kernels.update_(parameters, grads, statistics, updates, score, "ema", *BETAS, mark)
+        assert torch.equal(updates, before[1] + active)
+        assert torch.equal(statistics, before[0]) != active
+
+
 @pytest.mark.parametrize(("score", "weight", "gradient"), [
     ("sensitivity", 1e20, 1e20), ("sensitivity", 1e20, 0.9e18), ("movement", 1e20, -1e20),
     ("fisher", 1.0, 1e19), ("gsnr", 1.0, 5e18), ("sensitivity", float("nan"), 1.0),

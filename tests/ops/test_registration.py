@@ -85,7 +85,7 @@ def test_importance(score):
     grads = [None if i == 2 else p.flip(0).clone() for i, p in enumerate(parameters)]
     torch.library.opcheck(
         OPS.importance_update_,
-        (parameters, grads, statistics, updates, score, "ema", 0.9, 0.9),
+        (parameters, grads, statistics, updates, score, "ema", 0.9, 0.9, torch.tensor(True)),
         test_utils=ALL_CHECKS,
     )
     torch.library.opcheck(OPS.importance_scores, (parameters, statistics + 1, score, "ema"))

@@ -20,14 +20,14 @@ backend.register("importance", "triton", launch.LazyModule(f"{__name__}.triton")
 
 @define(
     "importance_update_(Tensor[] parameters, Tensor?[] grads, Tensor(a!) statistics, "
-    "Tensor(b!) updates, str score, str smoothing, float beta1, float beta2) -> ()",
-    fake=lambda *arguments: None,
+    "Tensor(b!) updates, str score, str smoothing, float beta1, float beta2, Tensor? active=None) -> ()",
+    fake=lambda *arguments, **options: None,
     tags=NO_CUDA_GRAPH,
 )
-def _update(parameters, grads, statistics, updates, score, smoothing, beta1, beta2):
+def _update(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active=None):
     functions = backend.kernel("importance", statistics.device.type)
     with torch.no_grad():
-        functions.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2)
+        functions.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active)
 
 
 @define(
@@ -65,6 +65,7 @@ def importance_update_(
     smoothing: str = "ema_uncertainty",
     beta1: float = 0.85,
     beta2: float = 0.85,
+    active: Tensor | None = None,
 ) -> None:
     """Update the importance statistics with one optimizer step's gradients, in place, without a host
     synchronisation.
@@ -83,6 +84,7 @@ def importance_update_(
         score: one of ``SIGNALS``.
         smoothing: one of ``SMOOTHINGS``.
         beta1, beta2: decay of Ī (and of gsnr's moments) and of Ū, in [0, 1).
+        active: bool scalar on the same device; False changes nothing. None is True.
 
     Raises:
         ValueError: an unknown name, or buffers whose shapes do not fit the parameters.
@@ -98,8 +100,13 @@ def importance_update_(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {beta}")
+    if active is not None and (
+        active.dtype != torch.bool or active.dim() or active.device != statistics.device
+    ):
+        given = f"{active.dtype} {tuple(active.shape)} on {active.device}"
+        raise ValueError(f"active is {given}, it must be a bool scalar on {statistics.device}")
     torch.ops.adalora_fast.importance_update_(
-        parameters, grads, statistics, updates, score, smoothing, beta1, beta2
+        parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active
     )
 
 

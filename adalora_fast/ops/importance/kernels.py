@@ -3,7 +3,8 @@
 What is computed is in ``reference.py`` (arXiv 2303.10512, eq. 7-11); everything here is float32. An optimizer
 step is two launches::
 
-    flag     bad[p] = a signal seen by program p is not finite (or leaves no room for differences and squares)
+    flag     bad[p] = a signal seen by program p is not finite (or leaves no room for differences and
+             squares), or the step is not active
     update   where no bad[p] is set:  Ī ← β1 Ī + (1 - β1) I,  Ū ← β2 Ū + (1 - β2) |I - Ī|,  count ← count + 1
 
 and scoring is one more, ``triplet``. No launch reads what another program of it writes, sums have a fixed
@@ -62,7 +63,7 @@ def _chunk_signal(
 
 @triton.jit
 def flag_kernel(
-    located, chunks, updates, seen, shares, flags, n_parameters, n_chunks, beta_high, beta_low,
+    located, chunks, updates, seen, shares, flags, n_parameters, n_chunks, beta_high, beta_low, active,
     SCORE: tl.constexpr, CHUNK: tl.constexpr, COUNTS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Whether any signal of this program's chunks is bad. Also copies the counts, which the update changes,
@@ -71,6 +72,8 @@ def flag_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     bad = tl.zeros([CHUNK], tl.int32)
+    if active is not None:
+        bad += tl.where(tl.load(active) == 0, 1, 0)
     for chunk in range(program, n_chunks, programs):
         signal, _, _, _, _ = _chunk_signal(located, chunks, chunk, n_parameters, SCORE, CHUNK, ALIGNED)
         peak = tl.abs(signal)

@@ -40,10 +40,13 @@ def update_(
     smoothing: str,
     beta1: float,
     beta2: float,
+    active: Tensor | None = None,
 ) -> None:
     """One optimizer step's update of ``statistics`` [rows, size] and of each parameter's count ``updates``
-    [3L].
+    [3L]; none where ``active`` is False.
     """
+    if active is not None and not active:
+        return
     torch.ops.adalora_fast_C.importance_update_(
         parameters,
         grads,

@@ -199,12 +199,15 @@ def update_(
     smoothing: str,
     beta1: float,
     beta2: float,
+    active: Tensor | None = None,
 ) -> None:
     """One optimizer step's update of ``statistics`` [rows, size] and of each parameter's count ``updates``
-    [3L].
+    [3L]; none where ``active`` is False.
     """
     layout = layout_of(parameters, score)
     values, finite = signals(layout, parameters, grads, SIGNALS[score], statistics.dtype)
+    if active is not None:
+        finite = finite & active
     if any(grad is None for grad in grads):
         present = torch.tensor([grad is not None for grad in grads], device=statistics.device)
         alive = present.logical_and_(finite)

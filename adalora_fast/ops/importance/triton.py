@@ -34,13 +34,14 @@ def update_(
     smoothing: str,
     beta1: float,
     beta2: float,
+    active: Tensor | None = None,
 ) -> None:
     """See ``reference.update_``."""
     layout = layout_of(parameters, score)
     reason = _unfit(statistics, layout) or _unfit_types([*parameters, *grads])
     if reason:
         tables.say_once("importance", reason)
-        reference.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2)
+        reference.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active)
         return
     device = statistics.device
     weights = [parameter.contiguous() for parameter in parameters]
@@ -58,7 +59,7 @@ def update_(
     launch(
         kernels.flag_kernel, (n_flags,),
         located, chunks, updates, seen, shares, flags, len(parameters), n_chunks,
-        beta_high, beta1 - beta_high,
+        beta_high, beta1 - beta_high, None if active is None else active.view(torch.uint8),
         **shared,
     )  # fmt: skip
     launch(

@@ -14,8 +14,8 @@ that results do not depend on the schedule. The only atomic counts those that ha
 A product in full float32 keeps its inner dimension in registers: it is cut into slices of K. Legend: R the
 rank padded to a power of two of at least 16; BLOCK of its rows are one program's; F factors; a row of
 ``segments`` is [factor, is lora_B, rank, width, first column, first partial of the factor, how many], one for
-each chunk; ``located`` [3, F] the factors' addresses, their gradients' and the type codes (factor + 4 *
-gradient).
+each chunk; ``located`` [3, F] the factors' addresses, their gradients' distances in bytes from the first, and
+the type codes (factor + 4 * gradient).
 """
 
 import triton
@@ -111,7 +111,7 @@ def _sum_of_partials(partials, first, last, rank, rows, columns, R: tl.constexpr
 
 @triton.jit
 def gradient_kernel(
-    located, segments, partials, norms, counter, value, n_factors, count,
+    located, segments, partials, gradients, norms, counter, value, n_factors, count,
     R: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
     NORMS: tl.constexpr, SQUARED: tl.constexpr, GRADIENT: tl.constexpr,
     RANK: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -139,7 +139,7 @@ def gradient_kernel(
         slope = tl.where(norm > 0, 2.0 / count / norm, 0.0)
 
     if GRADIENT:
-        result = tl.load(located + n_factors + factor)
+        result = gradients.to(tl.int64) + tl.load(located + n_factors + factor)
         triplets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         for column in range(start, tl.minimum(start + CHUNK, width), COLUMNS):
             columns = column + tl.arange(0, COLUMNS)

@@ -4,6 +4,7 @@ Factors are read where they lie, in float32, float16 or bfloat16, and gradients 
 that the op returns. float64 and larger ranks run in ``reference.py``.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -23,6 +24,7 @@ COLUMNS = 64  # of a tile of the gradient
 WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
 REGISTERS = 168  # of a thread at most: left alone, the assembler takes fewer and spills a few bytes
 NORMS = 256  # factors whose norms are added at a time
+ALIGNMENT = 16  # bytes: what a thread reads or writes at once
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -37,14 +39,17 @@ def loss(
     device = lora_A[0].device
     place = tables.place_on(device)
     factors = [factor.contiguous() for factor in (*lora_A, *lora_B)]
-    stacks, gradients = _stacks(lora_A, lora_B) if with_grad else ([], [(0, f.dtype) for f in factors])
+    stacks, gradients, places = (
+        _stacks(lora_A, lora_B) if with_grad else ([], None, [(0, f.dtype) for f in factors])
+    )
     segments, n_segments, taken, R, rank, even = _segments(shapes_of(lora_A), shapes_of(lora_B), place)
     if not n_segments:  # ranks of zero only
         return torch.zeros((), dtype=torch.float32, device=device), stacks
     codes = tables.TYPE_CODES
-    addresses = (*(factors[i].data_ptr() for i in taken), *(gradients[i][0] for i in taken))
-    types = [codes[factors[i].dtype] + 4 * codes[gradients[i][1]] for i in taken]
-    located = tables.table((*addresses, *types), torch.int64, place)
+    addresses = tuple(factors[i].data_ptr() for i in taken)
+    distances = tuple(places[i][0] for i in taken)
+    types = [codes[factors[i].dtype] + 4 * codes[places[i][1]] for i in taken]
+    located = tables.table((*addresses, *distances, *types), torch.int64, place)
     partials = torch.empty(n_segments, R, R, dtype=torch.float32, device=device)
     norms = torch.empty(len(taken), dtype=torch.float32, device=device)
     counter = torch.empty((), dtype=torch.int32, device=device)
@@ -52,7 +57,8 @@ def loss(
     shared = {
         "R": R, "BLOCK": BLOCK[R], "CHUNK": CHUNK[R],
         "RANK": rank, "TYPE": types[0] if len(set(types)) == 1 else -1,
-        "ALIGNED": even and tables.is_aligned(addresses), "num_warps": WARPS[R], "maxnreg": REGISTERS,
+        "ALIGNED": even and tables.is_aligned((*addresses, *distances)),
+        "num_warps": WARPS[R], "maxnreg": REGISTERS,
     }  # fmt: skip
     blocks = R // BLOCK[R]
     launch(
@@ -62,7 +68,7 @@ def loss(
     )  # fmt: skip
     launch(
         kernels.gradient_kernel, (n_segments, blocks),
-        located, segments, partials, norms, counter, value, len(taken), len(factors),
+        located, segments, partials, gradients, norms, counter, value, len(taken), len(factors),
         K=GRADIENT_K, COLUMNS=COLUMNS, NORMS=NORMS, SQUARED=penalty == "squared", GRADIENT=with_grad,
         **shared,
     )  # fmt: skip
@@ -80,20 +86,31 @@ def _unfit(lora_A: list[Tensor], lora_B: list[Tensor]) -> str | None:
     return None
 
 
-def _stacks(lora_A: list[Tensor], lora_B: list[Tensor]) -> tuple[list[Tensor], list[tuple[int, torch.dtype]]]:
-    """(new gradients stacked by shape, as the reference returns them; address and type of each factor's)."""
-    stacks, places = [], []
+def _stacks(
+    lora_A: list[Tensor], lora_B: list[Tensor]
+) -> tuple[list[Tensor], Tensor, list[tuple[int, torch.dtype]]]:
+    """(new gradients stacked by shape, as the reference returns them; the bytes they lie in; how far from
+    their start each factor's begins, and its type).
+
+    They lie in one piece of memory, so that the table of addresses does not depend on where that is.
+    """
+    parts, places, size = [], [], 0
     for factors in (lora_A, lora_B):
         at = [(0, example.dtype) for example in factors]
         for group in groups_by_shape(shapes_of(factors)):
             example = factors[group[0]]
-            stack = example.new_empty(len(group), *example.shape)
-            size = example.numel() * example.element_size()
+            parts.append((size, (len(group), *example.shape), example.dtype))
+            each = example.numel() * example.element_size()
             for position, i in enumerate(group):
-                at[i] = (stack.data_ptr() + position * size, stack.dtype)
-            stacks.append(stack)
+                at[i] = size + position * each, example.dtype
+            size += -(-len(group) * each // ALIGNMENT) * ALIGNMENT
         places += at
-    return stacks, places
+    memory = torch.empty(size, dtype=torch.uint8, device=lora_A[0].device)
+    stacks = [
+        memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, shape, dtype in parts
+    ]
+    return stacks, memory, places
 
 
 @lru_cache(maxsize=32)

@@ -1,0 +1,65 @@
+"""The tie between an allocator and the optimizer whose steps it follows."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class Attachment:
+    """Knows whether ``optimizer`` has stepped since the allocator last did.
+
+    Args:
+        optimizer: the one that trains the adapter (wrapped ones, as Accelerate's, are unwrapped).
+        parameters: returns the adapter's parameters.
+        step: called after every step of the optimizer; None leaves that to the user.
+
+    Raises:
+        ValueError: it is no torch optimizer, or holds none of the parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Callable[[], Iterable[Tensor]],
+        step: Callable[[], None] | None,
+    ) -> None:
+        while not hasattr(optimizer, "register_step_post_hook") or hasattr(optimizer, "optimizer"):
+            if not hasattr(optimizer, "optimizer"):
+                raise ValueError(
+                    f"{type(optimizer).__name__} is no torch optimizer; call allocator.step() by hand"
+                )
+            optimizer = optimizer.optimizer
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in parameters()):
+            raise ValueError(
+                "this optimizer holds none of the adapter's parameters; attach the one that trains them"
+            )
+        self._parameters, self._step = parameters, step
+        self._has_stepped = False
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def detach(self) -> None:
+        """Follow the optimizer no longer."""
+        self._hook.remove()
+
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        self._has_stepped = True
+        if self._step is not None:
+            self._step()
+
+    def check_order(self) -> None:
+        """The allocator's step begins: the optimizer must have stepped since the last one.
+
+        Raises:
+            RuntimeError: it has not, although all gradients are finite.
+        """
+        if not self._has_stepped:
+            present = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            if all(grad.isfinite().all() for grad in present):
+                raise RuntimeError(
+                    "allocator.step() was called without an optimizer.step() since the last one; call it "
+                    "once, after optimizer.step() and before zero_grad()"
+                    + (" (attach() already does: remove the call)" if self._step is not None else "")
+                )
+        self._has_stepped = False

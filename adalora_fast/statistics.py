@@ -1,0 +1,116 @@
+"""What was learnt about the adapter's parameters so far: running statistics of their gradients, and the
+triplets' scores that are made of them.
+"""
+
+import torch
+from torch import Tensor
+
+from adalora_fast.ops import importance_scores, importance_update_
+from adalora_fast.ops.importance import layout_of, reference
+from adalora_fast.scores import Score, statistic_names, update_user_statistics_
+
+
+class Statistics:
+    """The statistics of one score over a model's parameters A_0, E_0, B_0, A_1, ... (arXiv 2303.10512,
+    eq. 7-11).
+
+    Args:
+        score, smoothing: what is kept, see :mod:`adalora_fast.ops.importance`.
+        beta1, beta2: decay of Ī (and gsnr's moments) and of Ū, in (0, 1).
+
+    Attributes:
+        values: [rows, entries] in float32, or float64 where a parameter is.
+        updates: [parameters] int64, how often each was updated.
+        user_state: tensors of a registered score's own.
+
+    Raises:
+        ValueError: a decay out of range.
+    """
+
+    def __init__(self, score: Score, smoothing: str, beta1: float, beta2: float) -> None:
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0.0 < beta < 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {beta}")
+        self.score, self.smoothing, self.beta1, self.beta2 = score, smoothing, beta1, beta2
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the rows of ``values`` are."""
+        return statistic_names(self.score.name, self.smoothing)
+
+    def reset(self, parameters: list[Tensor]) -> None:
+        """Forget everything; from now on these parameters count."""
+        self.device, self.dtype = _placement(parameters)
+        self._shapes = [parameter.shape for parameter in parameters]
+        self.values = self.new(parameters)
+        self.updates = torch.zeros(len(parameters), dtype=torch.int64, device=self.device)
+        self.user_state: dict[str, Tensor] = {}
+
+    def new(self, parameters: list[Tensor]) -> Tensor:
+        """Statistics of no gradient at all."""
+        size = layout_of(parameters, self.score.name).size
+        return torch.zeros(len(self.names), size, dtype=self.dtype, device=self.device)
+
+    def fit(self, parameters: list[Tensor]) -> bool:
+        """Whether the parameters are where the statistics are, in types that theirs is made for.
+
+        Raises:
+            ValueError: the parameters lie on several devices, or have other shapes than before.
+        """
+        if [parameter.shape for parameter in parameters] != self._shapes:
+            raise ValueError("adapter shapes changed since the allocator was made; call rebind() on it")
+        return _placement(parameters) == (self.device, self.dtype)
+
+    def move_to(self, parameters: list[Tensor]) -> None:
+        """Follow a model that was moved or cast."""
+        self.device, self.dtype = _placement(parameters)
+        self.values = self.values.to(self.device, self.dtype)
+        self.updates = self.updates.to(self.device)
+        self.user_state = {key: value.to(self.device) for key, value in self.user_state.items()}
+
+    def restore(self, values: Tensor, updates: Tensor, user_state: dict[str, Tensor]) -> None:
+        """Take these instead."""
+        self.values, self.updates, self.user_state = values, updates, user_state
+
+    def update_(
+        self, parameters: list[Tensor], grads: list[Tensor | None], active: Tensor | None = None
+    ) -> None:
+        """Take in one optimizer step's gradients; where ``active`` is False on the device, nothing
+        changes.
+        """
+        names, decays = (self.score.name, self.smoothing), (self.beta1, self.beta2)
+        if self.score.function is None:
+            importance_update_(parameters, grads, self.values, self.updates, *names, *decays, active)
+        else:
+            self.user_state = update_user_statistics_(
+                self.score,
+                self.smoothing,
+                parameters,
+                grads,
+                self.values,
+                self.updates,
+                self.user_state,
+                *decays,
+            )
+
+    def scores(self, parameters: list[Tensor]) -> Tensor:
+        """S of every triplet [T]."""
+        score = importance_scores if self.score.function is None else reference.triplet_scores
+        return score(parameters, self.values, self.score.name, self.smoothing)
+
+    def enough(self) -> Tensor:
+        """Bool scalar on the device: the score has seen as many updates as it needs."""
+        return self.updates.max() >= self.score.min_updates
+
+    def drop(self) -> None:
+        """They are never read again."""
+        self.values, self.user_state = self.values[:, :0], {}
+
+
+def _placement(parameters: list[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """Where statistics live and in which type: float64 if any parameter is, else float32."""
+    devices = {parameter.device for parameter in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"adapter parameters lie on several devices ({sorted(map(str, devices))}); use one")
+    wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+    return devices.pop(), torch.float64 if wide else torch.float32
