@@ -74,12 +74,9 @@ sanitize: ## run the C++ kernels under the address, undefined-behaviour and thre
 cuda: $(STAMP) ## compile the CUDA sources for every GPU they are for, without one (needs nvcc)
 	$(BIN)/python -m pytest -q -rs tests/ops/test_cuda_allocation.py -k compiles
 
-bench: $(NATIVE) ## run the CPU benchmarks
-	$(BIN)/python -m benchmarks.op_counts $(ARGS)
-	$(BIN)/python -m benchmarks.test_importance $(ARGS)
-	$(BIN)/python -m benchmarks.test_allocation $(ARGS)
-	$(BIN)/python -m benchmarks.test_orthogonality $(ARGS)
-	$(BIN)/python -m benchmarks.step_cpu $(ARGS)
+bench: $(NATIVE) ## run the CPU benchmarks (ARGS="--quick --only step importance" for some)
+	$(BIN)/python -m benchmarks.op_counts
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and write what each needs
 	@version=$$($(BIN)/python -c 'import triton; print(triton.__version__)'); folder=benchmarks/results/aot; \

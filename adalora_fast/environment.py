@@ -14,6 +14,7 @@ PACKAGES = (
     "adalora_fast", "torch", "triton", "transformers", "peft", "accelerate", "safetensors", "datasets",
     "numpy", "scikit-learn",
 )  # fmt: skip
+CODE = ("adalora_fast", "benchmarks", "csrc")  # what a figure depends on, in the repository
 
 
 def environment() -> dict[str, Any]:
@@ -47,7 +48,9 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the repository that tracks ``folder`` ("+changes" if edited); None outside of one."""
+    """The commit of the repository that tracks ``folder`` ("+changes" if its code was edited); None outside
+    of one.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -59,7 +62,8 @@ def git_commit(folder: Path) -> str | None:
     if not git("ls-files", "."):  # an installed copy inside somebody else's repository
         return None
     commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", ".") else commit
+    changed = git("status", "--porcelain", "--", *(f":/{name}" for name in CODE))
+    return f"{commit}+changes" if commit and changed else commit
 
 
 def _processor() -> str:

@@ -1,28 +1,55 @@
-"""The adapter parameters of DeBERTa-v3-base (72 linears, r = 16, random), and PEFT's allocator on them."""
+"""Adapter parameters of a whole model, random, and PEFT's allocator on them."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
 
-RANK = 16
-SHAPES = [(768, 768)] * 48 + [(768, 3072)] * 12 + [(3072, 768)] * 12  # (in, out)
+
+@dataclass(frozen=True)
+class Model:
+    """The adapted linears of a model."""
+
+    name: str
+    shapes: tuple[tuple[int, int], ...]  # (in, out)
+    rank: int = 16
+
+    @property
+    def triplets(self) -> int:
+        return self.rank * len(self.shapes)
+
+    @property
+    def entries(self) -> int:
+        """Numbers in all factors A and B."""
+        return sum(self.rank * (inner + outer) for inner, outer in self.shapes)
 
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEBERTA = Model("deberta-v3-base", ((768, 768),) * 48 + ((768, 3072),) * 12 + ((3072, 768),) * 12)
+TINY = Model("tiny", ((24, 24), (24, 40), (40, 24)), rank=3)
 
 
-def make_parameters(dtype: torch.dtype = torch.float32, device: torch.device = DEVICE) -> list[Tensor]:
-    """A_0, E_0, B_0, A_1, ..., each with a gradient."""
-    generator = torch.Generator().manual_seed(0)
+def model_for(scale: str) -> Model:
+    return TINY if scale == "tiny" else DEBERTA
+
+
+def make_parameters(model: Model, device: torch.device, seed: int = 0) -> list[Tensor]:
+    """A_0, E_0, B_0, A_1, ..., float32, each with a gradient."""
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        parameter = nn.Parameter(torch.randn(*size, generator=generator).to(device, dtype))
-        parameter.grad = torch.randn(*size, generator=generator).to(device, dtype)
+        parameter = nn.Parameter(torch.randn(*size, generator=generator).to(device))
+        parameter.grad = torch.randn(*size, generator=generator).to(device)
         return parameter
 
-    return [f for k, n in SHAPES for f in (draw(RANK, k), draw(RANK, 1), draw(n, RANK))]
+    r = model.rank
+    return [factor for k, n in model.shapes for factor in (draw(r, k), draw(r, 1), draw(n, r))]
+
+
+def parameter_name(position: int) -> str:
+    """The name of a parameter in :func:`peft_allocator`'s model, by its place in the list."""
+    return f"layer{position // 3:05}.{('lora_A', 'lora_E', 'lora_B')[position % 3]}.default"
 
 
 def peft_allocator(parameters: list[Tensor], beta: float = 0.85) -> tuple[RankAllocator, nn.Module]:
@@ -31,9 +58,10 @@ def peft_allocator(parameters: list[Tensor], beta: float = 0.85) -> tuple[RankAl
     In a real model its loops also pass over every parameter of the base.
     """
     model = nn.ModuleDict()
-    for number in range(len(parameters) // 3):
-        layer = model[f"layer{number:03}"] = nn.ModuleDict()
-        for name, parameter in zip(("lora_A", "lora_E", "lora_B"), parameters[3 * number :], strict=False):
-            layer[name] = nn.ParameterDict({"default": parameter})
-    config = SimpleNamespace(beta1=beta, beta2=beta, target_r=RANK // 2)
+    for position, parameter in enumerate(parameters):
+        layer, factor, adapter = parameter_name(position).split(".")
+        if layer not in model:
+            model[layer] = nn.ModuleDict()
+        model[layer][factor] = nn.ParameterDict({adapter: parameter})
+    config = SimpleNamespace(beta1=beta, beta2=beta, target_r=1)
     return RankAllocator(model, config, "default"), model

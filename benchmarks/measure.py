@@ -31,11 +31,11 @@ def measure(case: Case, ceilings: Ceilings | None, device: torch.device, rounds:
             work.gate(name)
             ready[name] = contestant
         except Exception as error:  # whatever a peer does wrong must not end the others' run
-            missing[name] = _reason(error)
+            missing[name] = reason(error)
     if case.unit != "seconds":
         found = {name: _counted(contestant) for name, contestant in ready.items()}
     elif device.type == "cuda":
-        found = {name: _on_gpu(contestant, rounds) for name, contestant in ready.items()}
+        found = {name: on_gpu(contestant, rounds) for name, contestant in ready.items()}
     else:
         found = _in_turns(ready, case.baseline, rounds)
     rows = []
@@ -50,7 +50,8 @@ def measure(case: Case, ceilings: Ceilings | None, device: torch.device, rounds:
     return rows
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a figure is missing, in a line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -66,7 +67,7 @@ def _counted(contestant: Contestant) -> dict | str:
     try:
         return {"value": float(contestant.calls[0]()), "clock": "count"}
     except Exception as error:
-        return _reason(error)
+        return reason(error)
 
 
 def _in_turns(ready: dict[str, Contestant], baseline: str, rounds: int) -> dict[str, dict]:
@@ -80,15 +81,26 @@ def _in_turns(ready: dict[str, Contestant], baseline: str, rounds: int) -> dict[
     return found
 
 
-def _on_gpu(contestant: Contestant, rounds: int) -> dict | str:
+def on_gpu(contestant: Contestant, rounds: int) -> dict | str:
+    """Value, percentiles, clock and launches of a contestant as in a row, or why there is none."""
     try:
-        if contestant.capturable:
-            seconds, clock = graph_seconds(contestant.calls, rounds), "graph"
-        else:
-            seconds, clock = _event_seconds(contestant.calls, rounds), "events"
+        seconds = _graph_seconds(contestant.calls, rounds) if contestant.capturable else None
+        clock = "events" if seconds is None else "graph"
+        seconds = seconds or _event_seconds(contestant.calls, rounds)
         return {**_spread(seconds), "clock": clock, "launches": kernel_launches(contestant.calls[0])}
-    except Exception as error:  # out of memory, a graph that cannot be captured
-        return _reason(error)
+    except Exception as error:  # out of memory, an error of the device
+        return reason(error)
+
+
+def _graph_seconds(calls: list[Callable[[], object]], rounds: int) -> list[float] | None:
+    """None where the calls run, but not inside of a graph."""
+    try:
+        return graph_seconds(calls, rounds)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
 
 
 def _event_seconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -120,7 +132,7 @@ def _row(
         return Row(**same, missing=missing)
     base = all_found.get(case.baseline)
     ratio = found.get("ratio")
-    if ratio is None and isinstance(base, dict) and base["value"]:
+    if ratio is None and isinstance(base, dict) and base["value"] and base["clock"] == found["clock"]:
         ratio = found["value"] / base["value"]
     floor = None
     if ceilings is not None and case.moved is not None and case.unit == "seconds":
