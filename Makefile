@@ -14,7 +14,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test lint format sanitize cuda bench aot lock clean distclean
+.PHONY: help venv build demo test lint format sanitize cuda bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -23,7 +23,7 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 INSTALL := pip --disable-pip-version-check install --quiet --no-compile
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV): the package and the pinned versions of constraints.txt. PyTorch is large: this takes a minute or more."
@@ -77,6 +77,9 @@ cuda: $(STAMP) ## compile the CUDA sources for every GPU they are for, without o
 bench: $(NATIVE) ## run the CPU benchmarks (ARGS="--quick --only step importance" for some)
 	$(BIN)/python -m benchmarks.op_counts
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-compare: $(STAMP) ## whether anything became slower: make bench-compare OLD=file NEW=file
+	$(BIN)/adalora-fast bench compare $(OLD) $(NEW) $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and write what each needs
 	@version=$$($(BIN)/python -c 'import triton; print(triton.__version__)'); folder=benchmarks/results/aot; \

@@ -1,4 +1,4 @@
-"""The command line: `adalora-fast demo | train | report`.
+"""The command line: `adalora-fast demo | train | report | export | bench`.
 
 Every command is a frozen dataclass whose fields are its flags. Anything slow is imported when a command runs,
 so that `--help` answers at once.
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from adalora_fast.bench.cli import Bench
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,12 +114,38 @@ class Report:
         console.print(results_table(load_results(folders)))
 
 
-COMMANDS = {"demo": Demo, "train": Train, "report": Report}
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """An exact plain LoRA adapter from a saved AdaLoRA adapter, without loading the base; and who serves it."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The adapter's folder, as save_pretrained wrote it."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A new or empty folder for the LoRA adapter."""
+    uniform: bool = False
+    """The same rank in every layer, padded with zeros, as SGLang and TGI need it."""
+    base: str | None = None
+    """Name or path of the base model to write into the configuration (default: as it was)."""
+
+    def run(self, console: "Console") -> None:
+        from adalora_fast.integrations.export import export_folder
+        from adalora_fast.integrations.serving import servable
+
+        plain = export_folder(self.folder, self.out, uniform=self.uniform, base=self.base)
+        total, layers = sum(plain.ranks.values()), len(plain.ranks)
+        console.out(
+            f"{self.out}: {total} triplets in {layers} matrices, r = {plain.config.r}", highlight=False
+        )
+        for server, reasons in servable(self.out).items():
+            console.out(f"{server}: {'; '.join(reasons) or 'takes it'}", highlight=False)
+
+
+COMMANDS = {"demo": Demo, "train": Train, "report": Report, "export": Export, "bench": Bench}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 2 where the input was wrong (one line on stderr says what to
-    change).
+    """Run one command; 0 if it worked, 1 where a comparison found something, 2 where the input was wrong (one
+    line on stderr says what to change).
     """
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, args=arguments, prog="adalora-fast", description="AdaLoRA, fast and correct."
@@ -126,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     _quiet_libraries()
     try:
-        command.run(Console())
+        return command.run(Console()) or 0
     except (ValueError, OSError) as error:
         if not _is_about_input(error):
             raise
@@ -135,7 +163,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("adalora-fast: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    return 0
 
 
 def _quiet_libraries() -> None:
