@@ -173,6 +173,7 @@ def roofline(results: Results) -> "Figure | None":
 def growth(results: Results) -> "Figure | None":
     """Time against layers, rank and tokens, a line per contestant, with the 20th to 80th percentile."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in _rows(results, "growth"):
@@ -197,7 +198,7 @@ def growth(results: Results) -> "Figure | None":
         axis.set_yscale("log")
         ticks = sorted({row.what[varies] for row in rows})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel({"layers": "adapted layers", "rank": "rank r"}.get(varies, varies))
         axis.set_ylabel("ms")
         axis.set_title(_panel_title(part, rows[0]), fontsize=9)
