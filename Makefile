@@ -14,7 +14,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test lint format sanitize cuda bench bench-compare aot lock clean distclean
+.PHONY: help venv build demo test peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV): the package and the pinned versions of constraints.txt. PyTorch is large: this takes a minute or more."
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make PYTHON=python3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,dev]'; \
+	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,quantized,dev]'; \
 	  echo "$(VENV) is ready after $$((SECONDS - began)) s: $$($(BIN)/python -c 'import sys, torch; print("Python", sys.version.split()[0], "and PyTorch", torch.__version__)')"
 	@touch $@
 
@@ -50,6 +50,11 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS ?= 1
 test: $(NATIVE) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" for pytest, WORKERS=2 processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+
+# PEFT's source distribution carries its tests; they and what they import come from the package index, once.
+peft-suite: export OMP_NUM_THREADS ?= 1
+peft-suite: $(NATIVE) ## run PEFT's own tests of AdaLoRA, on its models and on fused ones (about 5 minutes)
+	$(BIN)/python -m tests.peft_suite --folder $(VENV)/peft-suite --workers $(WORKERS)
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
@@ -90,9 +95,9 @@ aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and wr
 lock: ## resolve every dependency afresh into constraints.txt
 	@place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
 	$(PYTHON) -m venv "$$place/venv"; \
-	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,dev]'; \
+	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,quantized,dev]'; \
 	"$$place/venv/bin/python" -m pip check; \
-	{ echo "# Every dependency of adalora-fast[demo,experiments,dev], pinned. Made by \`make lock\`; do not edit."; \
+	{ echo "# Every dependency of adalora-fast[demo,experiments,quantized,dev], pinned. Made by \`make lock\`; do not edit."; \
 	  echo "# triton is the version that torch's CUDA build asks for; its CPU build takes any."; \
 	  "$$place/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip \
 	    | sed 's/+[^ ]*$$//' | grep -vE '^(nvidia|cuda)-'; } > "$$place/constraints.txt"; \

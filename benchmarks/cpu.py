@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import roofline, runner
+from benchmarks import runner
 
 DEVICE = torch.device("cpu")
 
@@ -38,8 +38,7 @@ def main() -> None:
         )
     except ValueError as error:
         sys.exit(f"{parser.prog}: {error}")
-    results.ceilings = results.ceilings or roofline.measure(DEVICE).as_dict()
-    runner.Run(results, path, DEVICE, runner.Clock(), arguments.rounds)(cases)
+    runner.Run(results, path, DEVICE, runner.Clock(), arguments.rounds, seconds=2.0)(cases)
     runner.show(results, path)
 
 

@@ -20,8 +20,13 @@ from benchmarks.turns import kernel_launches, take_turns
 WARM_UP = 3
 
 
-def measure(case: Case, ceilings: Ceilings | None, device: torch.device, rounds: int = 20) -> list[Row]:
-    """A row per contestant; nothing is timed that does not pass the gate."""
+def measure(
+    case: Case, ceilings: Ceilings | None, device: torch.device, rounds: int = 20, seconds: float = 0.0
+) -> list[Row]:
+    """A row per contestant; nothing is timed that does not pass the gate.
+
+    Contestants in turns get more than ``rounds``, up to ten times as many, until ``seconds`` are over.
+    """
     work = case.build()
     ready: dict[str, Contestant] = {}
     missing: dict[str, str] = {}
@@ -37,7 +42,7 @@ def measure(case: Case, ceilings: Ceilings | None, device: torch.device, rounds:
     elif device.type == "cuda":
         found = {name: on_gpu(contestant, rounds) for name, contestant in ready.items()}
     else:
-        found = _in_turns(ready, case.baseline, rounds)
+        found = _in_turns(ready, case.baseline, rounds, seconds)
     rows = []
     for name in work.contestants:
         if name in ready and isinstance(found[name], str):
@@ -70,8 +75,9 @@ def _counted(contestant: Contestant) -> dict | str:
         return reason(error)
 
 
-def _in_turns(ready: dict[str, Contestant], baseline: str, rounds: int) -> dict[str, dict]:
-    times = take_turns({name: contestant.calls[0] for name, contestant in ready.items()}, rounds)
+def _in_turns(ready: dict[str, Contestant], baseline: str, rounds: int, seconds: float) -> dict[str, dict]:
+    calls = {name: contestant.calls[0] for name, contestant in ready.items()}
+    times = take_turns(calls, rounds, seconds) if calls else {}
     found = {}
     for name, milliseconds in times.items():
         found[name] = {**_spread([one / 1e3 for one in milliseconds]), "clock": "host"}

@@ -27,6 +27,11 @@ class Ceilings:
         """Seconds that work of this size takes at least."""
         return max(moved / self.bandwidth, operations / self.flops[name_of(dtype)])
 
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """The higher of both, one by one."""
+        flops = {name: max(rate, other.flops[name]) for name, rate in self.flops.items()}
+        return Ceilings(max(self.bandwidth, other.bandwidth), flops)
+
     def as_dict(self) -> dict:
         return asdict(self)
 

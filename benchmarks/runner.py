@@ -20,7 +20,7 @@ import torch
 from adalora_fast.bench.results import Results, Row, read
 from adalora_fast.environment import environment
 from adalora_fast.ops.adapter.tuned import file_name
-from benchmarks import measure
+from benchmarks import measure, roofline
 from benchmarks.roofline import Ceilings
 from benchmarks.suites import Case
 
@@ -154,6 +154,7 @@ class Run:
         device: where contestants run.
         clock: a case that it leaves no time for is not started, one that is not done in time is given up.
         rounds: timed rounds of each contestant.
+        seconds: that a case on a CPU is given, in up to ten times the rounds.
     """
 
     results: Results
@@ -161,6 +162,7 @@ class Run:
     device: torch.device
     clock: Clock
     rounds: int = 20
+    seconds: float = 0.0
     longest: dict[str, float] = field(default_factory=dict)  # seconds of a suite's longest case
     broken: str | None = None  # the case that the GPU did not survive
 
@@ -202,10 +204,19 @@ class Run:
     def _no_time(self) -> str:
         return f"no time left in {self.clock.minutes:g} minutes; the same command goes on"
 
+    def _ceilings_now(self) -> Ceilings:
+        """A CPU shares its machine: what it can do is asked before each case, and the best of it is kept."""
+        now = roofline.measure(self.device)
+        known = self.results.ceilings
+        self.results.ceilings = (now.best(Ceilings(**known)) if known else now).as_dict()
+        return now
+
     def _measured(self, case: Case, ceilings: Ceilings | None) -> list[Row]:
         try:
             with _ends_after(self.clock.left()):
-                rows = measure.measure(case, ceilings, self.device, self.rounds)
+                if self.device.type == "cpu" and case.moved is not None:
+                    ceilings = self._ceilings_now()
+                rows = measure.measure(case, ceilings, self.device, self.rounds, self.seconds)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()  # an error of the case's own work is raised here at the latest
             return rows

@@ -9,22 +9,30 @@ from collections.abc import Callable
 import torch
 
 WARM_UP = 3
+MOST = 10  # times as many rounds, where a round is short
 
 
-def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def take_turns(
+    contestants: dict[str, Callable[[], object]], rounds: int, seconds: float = 0.0
+) -> dict[str, list[float]]:
     """Milliseconds of every contestant in every round; the first rounds, which warm up, are not timed.
 
-    Where there is a GPU a turn ends when it has done all its work.
+    Whoever begins a round begins the next one last. There are at least ``rounds`` of them, and up to ten
+    times as many until ``seconds`` are over. Where there is a GPU a turn ends when it has done all its work.
     """
     finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_number in range(rounds + WARM_UP):
-        for name, run in contestants.items():
+    order = list(contestants)
+    began, number = time.perf_counter(), -WARM_UP
+    while number < rounds or (number < MOST * rounds and time.perf_counter() - began < seconds):
+        for name in order:
             start = time.perf_counter()
-            run()
+            contestants[name]()
             finish()
-            if round_number >= WARM_UP:
+            if number >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
+        order.append(order.pop(0))
+        number += 1
     return times
 
 
