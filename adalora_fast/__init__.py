@@ -7,17 +7,25 @@ __all__ = [
     "AdaLoraCallback",
     "AdaLoraLinear",
     "RankAllocator",
+    "compact",
     "fuse",
+    "import_official",
     "orthogonality_loss",
     "register_score",
+    "servable",
+    "to_lora",
 ]
 _WHERE = {
     "AdaLoraCallback": "integrations.trainer",
     "AdaLoraLinear": "nn",
     "RankAllocator": "allocator",
+    "compact": "integrations.compaction",
     "fuse": "integrations.peft",
+    "import_official": "integrations.official",
     "orthogonality_loss": "nn",
     "register_score": "scores",
+    "servable": "integrations.serving",
+    "to_lora": "integrations.export",
 }
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
+from adalora_fast.distributed import Processes, allocate_, apply_mask_
 from adalora_fast.nn import Factors, adapted_layers
-from adalora_fast.ops import allocate_, apply_mask_
 from adalora_fast.schedule import BudgetSchedule, Position
 from adalora_fast.scores import get_score, resolve_smoothing
 from adalora_fast.statistics import Statistics
@@ -102,6 +102,7 @@ class RankAllocator:
         self._initial, self._target = initial, target_total_rank
         self.set_schedule(tinit=tinit, tfinal=tfinal, deltaT=deltaT, total_step=total_step)
         self._attachment: Attachment | None = None
+        self.processes = Processes()  # in a distributed run: who agrees on the mask
         self._task_gradient = TaskGradient()
         self.keep_whole = False  # whoever ends the run says so with finalize(); the last step alone does not
         self.reset()
@@ -219,10 +220,6 @@ class RankAllocator:
         self._note_end()
         self._task_gradient.forget()
 
-    def _counted_budget(self, budget: Tensor, final: Tensor | bool) -> Tensor:
-        """Too few updates keep everything, but for the final mask; only the device knows which counted."""
-        return torch.where(self._statistics.enough() | final, budget, self._mask.numel())
-
     @torch.no_grad()
     def finalize(self) -> None:
         """End the run: where the final budget was not reached, prune to it now, with a warning."""
@@ -255,7 +252,7 @@ class RankAllocator:
         kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
         if not final:
             kept = self._unless_too_early(kept)
-        self._keep(allocate_(scores, kept, self._lambdas()), scores)
+        self._keep(allocate_(scores, kept, self._lambdas(), self.processes), scores)
 
     def _unless_too_early(self, budget: Tensor) -> Tensor:
         """Too few updates keep everything; only the device knows which counted."""
@@ -370,7 +367,9 @@ class RankAllocator:
         self._go_to(Position(is_final=finished, is_over=finished))
 
     def state_dict(self) -> AllocatorState:
-        """Everything a resumed run needs: step, flags, mask, statistics; tensors are copies on the CPU."""
+        """Everything a resumed run needs: step, flags, mask, statistics; tensors are copies on the CPU. Of
+        sharded factors (``fully_shard``) they are gathered: all processes must ask for it then.
+        """
         return save_state(self)
 
     def load_state_dict(self, state: AllocatorState) -> None:

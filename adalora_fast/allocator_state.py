@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adalora_fast.ops.importance import layout_of
 from adalora_fast.ops.importance.reference import KINDS
 from adalora_fast.schedule import Position
+from adalora_fast.shards import shards_of
 
 if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
@@ -49,7 +51,7 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
         "updates": statistics.updates.to("cpu", copy=True),
     }
     if not here.is_final:
-        for name, view in _statistic_views(allocator, statistics.values):
+        for name, view in _statistic_views(allocator, statistics.whole()):
             tensors[name] = view.to("cpu", copy=True)
     for name, tensor in statistics.user_state.items():
         tensors[f"user/{name}"] = tensor.to("cpu", copy=True)
@@ -202,10 +204,20 @@ def _mask_for_layers(
     return torch.cat(parts)
 
 
+def is_sharded(allocator: "RankAllocator") -> bool:
+    """Whether no process holds all of the factors."""
+    return shards_of(allocator._parameters()) is not None
+
+
 def write_state(allocator: "RankAllocator", folder: str | os.PathLike) -> Path:
-    """Write the state to ``folder/adalora_allocator.safetensors``, whole or not at all; returns the path."""
+    """Write the state to ``folder/adalora_allocator.safetensors``, whole or not at all; returns the path.
+
+    Of sharded factors all processes must ask for it, and the first one writes.
+    """
     path = Path(folder) / FILE_NAME
     state = allocator.state_dict()
+    if is_sharded(allocator) and dist.get_rank() > 0:
+        return path
     temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
     try:
         save_file(state["tensors"], temporary, metadata={"adalora_fast": json.dumps(state["config"])})

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from adalora_fast.distributed import all_finite
+
 
 class Attachment:
     """Knows whether ``optimizer`` has stepped since the allocator last did.
@@ -56,7 +58,7 @@ class Attachment:
         """
         if not self._has_stepped:
             present = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-            if all(grad.isfinite().all() for grad in present):
+            if all_finite(present):
                 raise RuntimeError(
                     "allocator.step() was called without an optimizer.step() since the last one; call it "
                     "once, after optimizer.step() and before zero_grad()"

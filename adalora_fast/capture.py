@@ -156,10 +156,15 @@ class CapturableRankAllocator(RankAllocator):
 
         Raises:
             ValueError: ``t`` is given, or no adapter parameter has a gradient.
-            RuntimeError: the attached optimizer has not stepped since the last call, or the model was moved.
+            RuntimeError: the attached optimizer has not stepped since the last call, the model was moved, or
+                several processes train together.
         """
         if t is not None:
             raise ValueError(f"a capturable allocator counts its steps itself; call step() without t={t!r}")
+        if self.processes.are_several():
+            raise RuntimeError(
+                "capturable=True works in one process only; use capturable=False for distributed runs"
+            )
         self._check_order()
         parameters, grads = self._gradients()
         if not self._statistics.fit(parameters):

@@ -116,7 +116,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """An exact plain LoRA adapter from a saved AdaLoRA adapter, without loading the base; and who serves it."""
+    """An exact plain LoRA adapter from a saved AdaLoRA one, without loading the base; and who serves it."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The adapter's folder, as save_pretrained wrote it."""

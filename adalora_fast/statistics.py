@@ -5,6 +5,8 @@ triplets' scores that are made of them.
 import torch
 from torch import Tensor
 
+from adalora_fast import shards as sharding
+from adalora_fast.distributed import refuse_emptied
 from adalora_fast.ops import importance_scores, importance_update_
 from adalora_fast.ops.importance import layout_of, reference
 from adalora_fast.scores import Score, statistic_names, update_user_statistics_
@@ -19,7 +21,8 @@ class Statistics:
         beta1, beta2: decay of Ī (and gsnr's moments) and of Ū, in (0, 1).
 
     Attributes:
-        values: [rows, entries] in float32, or float64 where a parameter is.
+        values: [rows, entries] in float32, or float64 where a parameter is; of parameters that are sharded
+            over processes, for the entries that this one holds.
         updates: [parameters] int64, how often each was updated.
         user_state: tensors of a registered score's own.
 
@@ -42,12 +45,13 @@ class Statistics:
         """Forget everything; from now on these parameters count."""
         self.device, self.dtype = _placement(parameters)
         self._shapes = [parameter.shape for parameter in parameters]
-        self.values = self.new(parameters)
+        self._shards = self._shards_of(parameters)
+        self.values = self._held(self.new(parameters))
         self.updates = torch.zeros(len(parameters), dtype=torch.int64, device=self.device)
         self.user_state: dict[str, Tensor] = {}
 
     def new(self, parameters: list[Tensor]) -> Tensor:
-        """Statistics of no gradient at all."""
+        """Statistics of no gradient at all, for whole parameters."""
         size = layout_of(parameters, self.score.name).size
         return torch.zeros(len(self.names), size, dtype=self.dtype, device=self.device)
 
@@ -58,19 +62,44 @@ class Statistics:
             ValueError: the parameters lie on several devices, or have other shapes than before.
         """
         if [parameter.shape for parameter in parameters] != self._shapes:
+            refuse_emptied(parameters)
             raise ValueError("adapter shapes changed since the allocator was made; call rebind() on it")
+        if self._shards_of(parameters) != self._shards:
+            return False
         return _placement(parameters) == (self.device, self.dtype)
 
+    def _shards_of(self, parameters: list[Tensor]) -> sharding.Shards | None:
+        shards = sharding.shards_of(parameters)
+        if shards is not None and self.score.function is not None:
+            raise ValueError(
+                f"score {self.score.name!r} is a registered function, which needs whole factors, and these "
+                "are sharded; use a built-in score, or DistributedDataParallel"
+            )
+        return shards
+
+    def _held(self, values: Tensor) -> Tensor:
+        shards = self._shards
+        return values if shards is None else sharding.held_statistics(shards, values, self.score.name)
+
+    def whole(self) -> Tensor:
+        """``values`` for whole parameters; where they are sharded, all processes must ask for it."""
+        shards = self._shards
+        if shards is None:
+            return self.values
+        return sharding.whole_statistics(shards, self.values, self.score.name)
+
     def move_to(self, parameters: list[Tensor]) -> None:
-        """Follow a model that was moved or cast."""
+        """Follow a model that was moved, cast or sharded."""
         self.device, self.dtype = _placement(parameters)
-        self.values = self.values.to(self.device, self.dtype)
+        values = self.whole()
+        self._shards = self._shards_of(parameters)
+        self.values = self._held(values.to(self.device, self.dtype))
         self.updates = self.updates.to(self.device)
         self.user_state = {key: value.to(self.device) for key, value in self.user_state.items()}
 
     def restore(self, values: Tensor, updates: Tensor, user_state: dict[str, Tensor]) -> None:
-        """Take these instead."""
-        self.values, self.updates, self.user_state = values, updates, user_state
+        """Take these instead, ``values`` those of whole parameters."""
+        self.values, self.updates, self.user_state = self._held(values), updates, user_state
 
     def update_(
         self, parameters: list[Tensor], grads: list[Tensor | None], active: Tensor | None = None
@@ -79,6 +108,10 @@ class Statistics:
         changes.
         """
         names, decays = (self.score.name, self.smoothing), (self.beta1, self.beta2)
+        shards = self._shards
+        if shards is not None:
+            parameters, grads = shards.held(parameters), shards.held(grads)
+            active = shards.all_of(sharding.finite(parameters, grads, self.score.name, self.dtype))
         if self.score.function is None:
             importance_update_(parameters, grads, self.values, self.updates, *names, *decays, active)
         else:
@@ -95,6 +128,10 @@ class Statistics:
 
     def scores(self, parameters: list[Tensor]) -> Tensor:
         """S of every triplet [T]."""
+        shards = self._shards
+        if shards is not None:
+            parts = shards.held(parameters)
+            return sharding.triplet_scores(shards, parts, self.values, self.score.name, self.smoothing)
         score = importance_scores if self.score.function is None else reference.triplet_scores
         return score(parameters, self.values, self.score.name, self.smoothing)
 

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from adalora_fast.distributed import Processes
 from adalora_fast.ops.orthogonality import gradients
 
 
@@ -39,7 +40,7 @@ class TaskGradient:
         Raises:
             RuntimeError: several processes train together.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if Processes().are_several():
             raise RuntimeError(
                 "score_gradient='task' works in one process only; use 'total' for distributed runs"
             )

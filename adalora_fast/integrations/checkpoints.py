@@ -2,7 +2,6 @@
 at all.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,12 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 
-from adalora_fast.allocator_state import FILE_NAME, AllocatorState, check_state, read_state, write_state
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FACTORS = (".lora_A", ".lora_E", ".lora_B")
+from adalora_fast.allocator_state import (
+    FILE_NAME,
+    AllocatorState,
+    check_state,
+    is_sharded,
+    read_state,
+    write_state,
+)
+from adalora_fast.integrations.files import (
+    CONFIG,
+    FACTORS,
+    WEIGHTS,
+    file_within,
+    read_config,
+    read_rank_pattern,
+    read_tensors,
+    weights_file,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,28 +50,18 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read everything but the weights themselves.
+    """Read and judge everything that can be judged without the model.
 
     Raises:
-        ValueError: a file is missing or damaged, or only a pickle is there.
+        ValueError: a file is missing, damaged, a link that leaves the folder, or only a pickle is there.
     """
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} is not readable ({error}); restore it from a copy") from None
-    path = folder / WEIGHTS
-    if not path.is_file():
-        others = ", ".join(sorted(found.name for found in folder.glob("adapter_model.*"))) or "none"
-        raise ValueError(f"{path} is missing (adapter files there: {others}); only safetensors are loaded")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error}); restore it from a copy") from error
+    config = read_config(folder)
+    tensors = read_tensors(weights_file(folder))
+    file_within(folder, FILE_NAME)
     return Checkpoint(
         folder=folder,
-        shapes=shapes,
-        rank_pattern=config.get("rank_pattern") or None,
+        shapes={key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        rank_pattern=read_rank_pattern(config, tensors, folder),
         state=read_state(folder),
     )
 
@@ -115,9 +117,10 @@ class WithAllocator:
                 super().save_pretrained(place, *args, **kwargs)
             adapter = tuner.trainable_adapter_name
             folder = Path(place) if adapter == "default" else Path(place) / adapter
-            if (folder / CONFIG).is_file():  # the adapter is among those that are saved
+            # Not if the adapter is not among those that are saved; of a sharded one AdaLoraCallback does it.
+            if (folder / CONFIG).is_file() and not is_sharded(allocator):
                 write_state(allocator, folder)
-            _move_files(Path(place), target)
+            move_files(Path(place), target)
 
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
         """PEFT's, and the allocator's state if the checkpoint has one; whole and cut-down checkpoints both
@@ -128,9 +131,9 @@ class WithAllocator:
         """
         tuner, folder = self.base_model, Path(str(model_id)) / (kwargs.get("subfolder") or "")
         ours = tuner.rankallocator is not None and adapter_name == tuner.trainable_adapter_name
-        if not ours or not folder.is_dir():
+        checkpoint = read_checkpoint(folder) if folder.is_dir() else None
+        if not ours or checkpoint is None:
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        checkpoint = read_checkpoint(folder)
         check_checkpoint(checkpoint, self, adapter_name)
         allocator, finished = tuner.rankallocator, checkpoint.rank_pattern is not None
         state = None if finished else checkpoint.state
@@ -162,7 +165,7 @@ def _warn_unfinished(saved: dict[str, Any]) -> None:
     )
 
 
-def _move_files(source: Path, target: Path) -> None:
+def move_files(source: Path, target: Path) -> None:
     """Rename every file below ``source`` to its place below ``target`` (same file system)."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)

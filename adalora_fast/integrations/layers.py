@@ -1,6 +1,6 @@
-"""PEFT's AdaLoRA layer with the fused op inside; same parameters, same state dict, same methods."""
+"""PEFT's AdaLoRA layers with the fused op inside; same parameters, same state dict, same methods."""
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
@@ -10,9 +10,13 @@ from transformers.pytorch_utils import Conv1D
 from adalora_fast.nn import Factors
 from adalora_fast.ops import adalora_delta_, adalora_linear
 
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+PLAIN_LINEARS = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
+QUANTISED = ("peft.tuners.adalora.bnb", "peft.tuners.adalora.gptq")  # modules of layers over such bases
 
-class FusedSVDLinear(SVDLinear):
-    """``SVDLinear`` whose forward and backward are one op; ``fuse`` gives it to existing layers."""
+
+class FusedLayer:
+    """What ``fuse`` adds to one of PEFT's layers: the adapter as one op, onto whatever the base returns."""
 
     precision = "default"
     trained_adapter: str | None = None
@@ -20,17 +24,20 @@ class FusedSVDLinear(SVDLinear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer plus every active adapter, scaled by lora_alpha / (ranknum + 1e-5)."""
         names = [name for name in self.active_adapters if name in self.lora_A and self.r[name] > 0]
-        if self.disable_adapters or self.merged or not names or args or kwargs:
+        if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        if _calls_more_than_its_product(base):
-            result = base(x)
+        weight = self._weight() if names else None
+        if weight is None:
+            result = self.base_layer(x)
         else:
-            weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-            result = adalora_linear(x, weight, base.bias, *self._adapter(names.pop(0)))
+            result = adalora_linear(x, weight, self.base_layer.bias, *self._adapter(names.pop(0)))
         for name in names:
             result = adalora_delta_(result, x, *self._adapter(name))
         return result
+
+    def _weight(self) -> Tensor | None:
+        """The base's weight [out, in], where its product may be part of the op."""
+        return None
 
     def _adapter(self, name: str) -> tuple:
         """The arguments of the op after the base's: factors, scale, dropout, mode."""
@@ -44,6 +51,16 @@ class FusedSVDLinear(SVDLinear):
             self.training,
             self.precision,
         )
+
+    def merge(self, *args, **kwargs) -> None:
+        """PEFT's, where the base's weight can take ΔW.
+
+        Raises:
+            NotImplementedError: the base is quantised.
+        """
+        if (reason := merge_refusal(self)) is not None:
+            raise NotImplementedError(f"this layer cannot be merged: {reason}")
+        super().merge(*args, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, *args, **kwargs) -> None:
         """PEFT's, and the rank as a plain number (reading ``ranknum`` in every forward would wait for the
@@ -72,6 +89,32 @@ class FusedSVDLinear(SVDLinear):
         return factors_of(self, self.trained_adapter)
 
 
+class FusedSVDLinear(FusedLayer, SVDLinear):
+    """``SVDLinear`` whose forward and backward are one op; ``fuse`` gives it to existing layers."""
+
+    def _weight(self) -> Tensor | None:
+        base = self.base_layer
+        # A quantised weight (torchao's is a tensor subclass in a plain nn.Linear) knows its own product only.
+        if type(base.weight) not in PLAIN_TENSORS or _calls_more_than_its_product(base):
+            return None
+        return base.weight.t() if isinstance(base, Conv1D) else base.weight
+
+
+@cache
+def _fused_class(cls: type[AdaLoraLayer]) -> type[AdaLoraLayer]:
+    """The fused form of a layer over a quantised base; PEFT has such classes only where their library is."""
+    return type(f"Fused{cls.__name__}", (FusedLayer, cls), {"__module__": __name__})
+
+
+def __getattr__(name: str):
+    """The classes made by ``fuse_layer`` by name, so that their layers can be copied and pickled."""
+    if name.startswith("FusedSVD"):
+        from peft.tuners import adalora
+
+        return _fused_class(getattr(adalora, name.removeprefix("Fused")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _calls_more_than_its_product(base: nn.Module) -> bool:
     """Whether the base layer carries hooks or a forward of its own, which only a call of it respects."""
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
@@ -85,22 +128,43 @@ def factors_of(layer: AdaLoraLayer, adapter_name: str | None) -> Factors | None:
     return Factors(layer.lora_A[adapter_name], layer.lora_E[adapter_name], layer.lora_B[adapter_name])
 
 
+def merge_refusal(layer: AdaLoraLayer) -> str | None:
+    """Why ΔW cannot be added to the base's weight, or None if it can."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if weight is not None and weight.is_floating_point() and type(weight).__module__.split(".")[0] == "torch":
+        return None
+    kind = type(base if weight is None or type(weight) in PLAIN_TENSORS else weight).__name__
+    return (
+        f"its base is quantised ({kind}) and takes no merged adapter; export it with to_lora, or load it "
+        "onto the unquantised base and merge there"
+    )
+
+
+def set_factors(layer: AdaLoraLayer, adapter_name: str, factors: Factors) -> None:
+    """Give the adapter factors of another rank; the scale stays that of the initial rank."""
+    layer.lora_A[adapter_name], layer.lora_E[adapter_name], layer.lora_B[adapter_name] = factors
+    layer.r[adapter_name] = len(factors.lora_E)
+
+
 def refusal(layer: AdaLoraLayer) -> str | None:
     """Why ``layer`` keeps PEFT's forward, or None if it can be fused."""
+    if type(layer).__module__ in QUANTISED:
+        return None
     if type(layer) is not SVDLinear:
         return f"{type(layer).__name__} has no fused form"
-    if type(layer.base_layer) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if type(layer.base_layer) not in PLAIN_LINEARS:
         return f"its base is a {type(layer.base_layer).__name__}, not a plain linear"
     return None
 
 
 def fuse_layer(layer: AdaLoraLayer, precision: str, trained_adapter: str | None) -> str | None:
-    """Turn ``layer`` into a :class:`FusedSVDLinear` in place; returns why not where that cannot be."""
-    if isinstance(layer, FusedSVDLinear):
+    """Give ``layer`` its fused class in place; returns why not where that cannot be."""
+    if isinstance(layer, FusedLayer):
         return None
     reason = refusal(layer)
     if reason is None:
-        layer.__class__ = FusedSVDLinear
+        layer.__class__ = FusedSVDLinear if type(layer) is SVDLinear else _fused_class(type(layer))
         layer.precision, layer.trained_adapter = precision, trained_adapter
         layer._denominator = {name: ranknum.item() + 1e-5 for name, ranknum in layer.ranknum.items()}
     return reason

@@ -5,18 +5,29 @@ import warnings
 from functools import cache
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
 from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
+from adalora_fast.allocator_state import is_sharded
+from adalora_fast.distributed import all_finite, refuse_emptied, whole
 from adalora_fast.integrations.checkpoints import Checkpoint, WithAllocator
-from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers, factor_finders, fuse_layer
+from adalora_fast.integrations.heads import warn_of_untrained_heads
+from adalora_fast.integrations.layers import (
+    FusedLayer,
+    adapter_layers,
+    factor_finders,
+    fuse_layer,
+    merge_refusal,
+)
+from adalora_fast.integrations.scales import check_scales, set_scales, take_over
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
 from adalora_fast.scores import get_score, resolve_smoothing
+from adalora_fast.shards import shards_of
 
 FORGOTTEN_AFTER = 100  # optimizer steps without one allocator step
 
@@ -53,6 +64,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         if (
             not self._warned_order
             and self._optimizer_version() == self._seen_version
+            and not is_sharded(allocator)  # fused optimizers leave no trace on sharded parameters
             and self._finite_gradients()
         ):
             self._warned_order = True
@@ -80,7 +92,7 @@ class FusedAdaLoraModel(AdaLoraModel):
     def _finite_gradients(self) -> bool:
         """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients)."""
         grads = [parameter.grad for parameter in self.rankallocator._parameters()]
-        return all(grad is None or bool(grad.isfinite().all()) for grad in grads)
+        return all_finite([grad for grad in grads if grad is not None])
 
     def require_allocator(self) -> RankAllocator:
         """The allocator of the adapter under training.
@@ -114,6 +126,19 @@ class FusedAdaLoraModel(AdaLoraModel):
         layer = getattr(parent, target_name)
         if isinstance(layer, AdaLoraLayer):
             fuse_layer(layer, self.precision, getattr(self, "trainable_adapter_name", None))
+            set_scales({current_key: layer}, lora_config, adapter_name)
+
+    def _check_new_adapter_config(self, config: AdaLoraConfig) -> None:
+        """PEFT's, and what fused layers cannot honour."""
+        super()._check_new_adapter_config(config)
+        check_scales(config)
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT's, and every layer's base before the first of them is changed."""
+        super()._check_merge_allowed()
+        for name, layer in adapter_layers(self.model).items():
+            if (reason := merge_refusal(layer)) is not None:
+                raise NotImplementedError(f"{name} cannot be merged: {reason}")
 
     def make_allocator(self, finished: bool) -> None:
         """A fresh allocator for the layers as they are now, with the settings given to ``fuse``."""
@@ -167,16 +192,18 @@ class FusedAdaLoraModel(AdaLoraModel):
         }
         for name in resized:
             layer = self.model.get_submodule(name)
-            if not isinstance(layer, FusedSVDLinear):
+            if not isinstance(layer, FusedLayer):
                 raise ValueError(
                     f"{name} ({type(layer).__name__}) cannot change its rank; load into a new model"
                 )
         for name, rank in resized.items():
             self.model.get_submodule(name).resize(adapter, rank, self.peft_config[adapter])
+        set_scales(adapter_layers(self.model), self.peft_config[adapter], adapter)
 
     def resize_modules_by_rank_pattern(self, rank_pattern: dict, adapter_name: str) -> None:
         """PEFT's, with the scale of the initial rank kept in every layer, also where no triplet is left."""
         super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
+        set_scales(adapter_layers(self.model), self.peft_config[adapter_name], adapter_name)
         self.restore_ranknum(rank_pattern, adapter_name)
 
     def restore_ranknum(self, rank_pattern: dict, adapter_name: str) -> None:
@@ -185,7 +212,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         """
         for key, kept in rank_pattern.items():
             layer = self.model.get_submodule(key.partition(".lora_E")[0])
-            if isinstance(layer, FusedSVDLinear):
+            if isinstance(layer, FusedLayer):
                 layer.set_ranknum(adapter_name, len(kept))
 
 
@@ -215,8 +242,8 @@ def fuse(
     """Make a PEFT AdaLoRA model fast and its allocation correct, in place.
 
     Layers, tuner and model change their class, nothing is copied: parameters, state dict, optimizers made
-    before, and PEFT's methods stay valid. Layers without a fused form (quantised bases, convolutions) keep
-    PEFT's forward; ``model.base_model.unfused`` names them with the reason.
+    before, and PEFT's methods stay valid. Layers without a fused form (convolutions, bases that subclass
+    nn.Linear) keep PEFT's forward; ``model.base_model.unfused`` names them with the reason.
 
     Args:
         model: what ``get_peft_model(base, AdaLoraConfig(...))`` or ``PeftModel.from_pretrained`` returned.
@@ -241,19 +268,22 @@ def fuse(
         raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
     if orth_penalty not in PENALTIES:
         raise ValueError(f"orth_penalty {orth_penalty!r} is not one of {PENALTIES}")
+    for settings in tuner.peft_config.values():
+        check_scales(settings)
     adapter = getattr(tuner, "trainable_adapter_name", None)
     config = tuner.peft_config.get(adapter)
-    pattern = None
+    pattern, finished = None, False
     if config is not None:
         _check_rank_pattern(config.rank_pattern)
         pattern = config.rank_pattern
+        finished = pattern is not None and _is_finished(tuner, adapter)
     previous = getattr(tuner, "rankallocator", None)
     tuner.rankallocator = None
     if config is not None:
         settings = {"score": score, "smoothing": smoothing, "score_gradient": score_gradient}
         tuner.allocator_settings = settings
         try:
-            FusedAdaLoraModel.make_allocator(tuner, finished=pattern is not None)
+            FusedAdaLoraModel.make_allocator(tuner, finished=finished)
         except (ValueError, TypeError):
             tuner.rankallocator = previous
             del tuner.allocator_settings
@@ -265,9 +295,21 @@ def fuse(
     tuner.orth_penalty, tuner.precision = orth_penalty, precision
     tuner.regularised, tuner._warned_order, tuner._forgotten = True, False, 0
     tuner.__class__ = FusedAdaLoraModel
+    for name, settings in tuner.peft_config.items():
+        take_over(adapter_layers(tuner.model), settings, name)
     if config is not None:
+        warn_of_untrained_heads(tuner, adapter)
         tuner.remember_versions()
-        tuner.restore_ranknum(pattern or {}, adapter)
+        if finished:
+            tuner.restore_ranknum(pattern, adapter)
+        elif pattern is not None:
+            config.rank_pattern = None
+            warnings.warn(
+                "the config's rank_pattern is dropped: no finished run left it in these layers, which are "
+                "allocated from the start, with empty statistics",
+                UserWarning,
+                stacklevel=2,
+            )
     model.__class__ = _fused_model_class(type(model))
     return model
 
@@ -280,6 +322,11 @@ def is_fused(model: nn.Module) -> bool:
 def _check_model(model: nn.Module) -> AdaLoraModel:
     if is_fused(model):
         raise ValueError("this model is fused already; make a new one to change its score")
+    if isinstance(model, PeftMixedModel):
+        raise TypeError(
+            "PeftMixedModel has no rank allocator, its AdaLoRA adapters are never pruned; use get_peft_model "
+            "without mixed=True to train one"
+        )
     if not isinstance(model, PeftModel):
         if any(isinstance(module, AdaLoraLayer) for module in getattr(model, "modules", list)()):
             raise TypeError(
@@ -294,7 +341,33 @@ def _check_model(model: nn.Module) -> AdaLoraModel:
         raise TypeError(
             f"fuse needs a PeftModel with AdaLoRA, this one has {type(tuner).__name__}; use an AdaLoraConfig"
         )
+    kinds = [(layer.lora_A, layer.lora_E, layer.lora_B) for layer in adapter_layers(tuner.model).values()]
+    factors = [factor for layer in kinds for kind in layer for factor in kind.values()]
+    refuse_emptied(factors)
+    if shards_of(factors) is not None:
+        raise ValueError("this model's parameters are sharded; call fuse before fully_shard")
     return tuner
+
+
+def _is_finished(tuner: AdaLoraModel, adapter: str) -> bool:
+    """Whether the layers have the config's rank pattern for good: cut down by it, or masked to the budget.
+
+    It is not so in the middle of a run of PEFT's, nor where a user gave a new model a pattern.
+    """
+    config, adapted = tuner.peft_config[adapter], adapter_layers(tuner.model)
+    layers = [adapted.get(key.partition(".lora_E")[0]) for key in config.rank_pattern]
+    if any(layer is None or adapter not in layer.lora_E for layer in layers):
+        return False
+    kept_in_all, is_cut, was_trained = 0, False, False
+    singular_values = whole([layer.lora_E[adapter].detach() for layer in layers])
+    for values, kept in zip(singular_values, config.rank_pattern.values(), strict=True):
+        values, kept = values.flatten().cpu(), torch.as_tensor(kept).flatten().cpu()
+        if len(values) != kept.sum() and (len(values) != len(kept) or values[~kept].any()):
+            return False
+        is_cut |= len(values) < len(kept)
+        was_trained |= bool(values.any())
+        kept_in_all += int(kept.sum())
+    return is_cut or (was_trained and kept_in_all <= config.target_r * len(layers))
 
 
 def _check_rank_pattern(pattern: dict | None) -> None:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from adalora_fast.allocator_state import read_state
+from adalora_fast.allocator_state import is_sharded, read_state, write_state
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
@@ -65,6 +65,11 @@ class AdaLoraCallback(TrainerCallback):
         """Fit the schedule to the run and tie the allocator to the optimizer."""
         tuner = self._tuner(model)
         allocator = tuner.require_allocator()
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ValueError(
+                "DeepSpeed keeps gradients (ZeRO-1, ZeRO-2) and parameters (ZeRO-3) in buffers of its own, "
+                "where the allocator cannot read them; use DistributedDataParallel or FSDP2"
+            )
         resumed = state.global_step > 0
         if not resumed and allocator.t > 0:
             allocator.reset()  # a run that starts again, as auto_find_batch_size makes it
@@ -121,6 +126,12 @@ class AdaLoraCallback(TrainerCallback):
         if allocator.t == 0 and state.global_step > 0:
             warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
         allocator.finalize()
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """Of a sharded adapter the Trainer saves the weights in one process; the state takes all of them."""
+        allocator = self._tuner(model).rankallocator
+        if is_sharded(allocator):
+            write_state(allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _tuner(self, model: nn.Module) -> FusedAdaLoraModel:
         model = unwrap(model)

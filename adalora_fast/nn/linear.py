@@ -59,6 +59,7 @@ class AdaLoraLinear(nn.Module):
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
         self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.ranknum = r
         self.alpha, self.dropout, self.precision = alpha, dropout, precision
         self.merged = False
         dtype = dtype or torch.get_default_dtype()
@@ -114,11 +115,24 @@ class AdaLoraLinear(nn.Module):
     @property
     def scaling(self) -> float:
         """alpha / (ranknum + 1e-5), with ranknum the initial rank."""
-        return self.alpha / (self.r + 1e-5)
+        return self.alpha / (self.ranknum + 1e-5)
 
     def factors(self) -> Factors:
         """The parameters a RankAllocator works on."""
         return Factors(self.lora_A, self.lora_E, self.lora_B)
+
+    def to_linear(self) -> nn.Linear:
+        """The frozen layer alone, on the same weight and bias."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
+        )
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def set_factors(self, factors: Factors) -> None:
+        """Take factors of another rank in place of these; the scale stays that of the initial rank."""
+        self.lora_A, self.lora_E, self.lora_B = factors
+        self.r = len(factors.lora_E)
 
     def reset_parameters(self) -> None:
         """Draw W and b as ``nn.Linear`` does, and the adapter anew."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from adalora_fast.distributed import whole
 from adalora_fast.nn.linear import Factors
 from adalora_fast.ops.orthogonality import orthogonality
 
@@ -58,7 +59,9 @@ def orthogonality_of(factors: list[Factors], penalty: str, allocator: "RankAlloc
     """R of these layers; an allocator that scores the task's gradient alone is told what R adds to the
     gradients.
     """
-    value, stacks = orthogonality([f.lora_A for f in factors], [f.lora_B for f in factors], penalty)
+    lora_A, lora_B = [f.lora_A for f in factors], [f.lora_B for f in factors]
+    both = whole(lora_A + lora_B)
+    value, stacks = orthogonality(both[: len(factors)], both[len(factors) :], penalty)
     if value.requires_grad and allocator is not None and allocator.score_gradient == "task":
         value.register_hook(lambda upstream: allocator.note_orthogonality(upstream, stacks))
     return value

@@ -1,0 +1,280 @@
+"""``to_lora``: an exact plain LoRA model of a trained AdaLoRA model; ``export_folder``: the same of files."""
+
+import copy
+import os
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adalora_fast.integrations.checkpoints import move_files
+from adalora_fast.integrations.files import (
+    CONFIG,
+    WEIGHTS,
+    read_config,
+    read_rank_pattern,
+    read_tensors,
+    weights_file,
+)
+from adalora_fast.integrations.layers import adapter_layers
+from adalora_fast.integrations.model_card import CARD, new_card, write_ranks
+from adalora_fast.integrations.peft import FusedAdaLoraModel
+from adalora_fast.integrations.plain_lora import (
+    PREFIX,
+    PlainLora,
+    convert,
+    exact_pattern,
+    is_suffix,
+    scale_of,
+)
+from adalora_fast.integrations.scales import peft_scale
+from adalora_fast.nn import AdaLoraLinear
+
+
+class WithRanks:
+    """What ``to_lora`` adds to a ``PeftModel``: its model card says where the adapter came from."""
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's card, and the ranks."""
+        super().create_or_update_model_card(output_dir)
+        write_ranks(Path(output_dir) / CARD, self.adalora_ranks)
+
+
+@cache
+def _exported_class(cls: type[PeftModel]) -> type[PeftModel]:
+    return type(f"Exported{cls.__name__}", (WithRanks, cls), {"__module__": __name__})
+
+
+def __getattr__(name: str):
+    """The classes made by ``to_lora`` by name, so that a model can be copied and pickled by its owner."""
+    if name.startswith("ExportedPeftModel"):
+        import peft
+
+        return _exported_class(getattr(peft, name.removeprefix("Exported")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None = None) -> PeftModel:
+    """An exact plain LoRA model of a trained AdaLoRA model: ΔW = B' A' with A' = E ⊙ A, B' = c B, c = α /
+    (ranknum + 1e-5).
+
+    The base model's tensors are shared, ``model`` stays as it is. Pruned triplets (masked, or λ = 0) are
+    left out, ``r = lora_alpha`` is the largest kept rank and ``rank_pattern == alpha_pattern`` names the
+    others, so that LoRA's scale is 1 everywhere. A layer of rank 0 gets no adapter. ``save_pretrained``
+    writes what plain PEFT loads, and a model card with the ranks; :func:`adalora_fast.servable` says which
+    servers take it.
+
+    Args:
+        model: a PEFT AdaLoRA model, fused or not, or a model with :class:`adalora_fast.AdaLoraLinear` layers.
+        uniform: the same rank everywhere, padded with zeros (all zeros at rank 0), as some servers need it.
+        adapter_name: of a PEFT model; None is the adapter under training, else the active one.
+
+    Returns:
+        A ``PeftModel`` with one LoRA adapter, ``"default"``, in float32 (float64 where the factors are).
+
+    Raises:
+        TypeError: there is no AdaLoRA adapter in ``model``.
+        ValueError: no such adapter, or it is merged into the weights, sharded, not finite, or all λ are zero.
+    """
+    if isinstance(model, PeftModel):
+        plain, base = _from_peft(model, adapter_name, uniform)
+    else:
+        plain, base = _from_native(model, uniform)
+    mode = base.training
+    lora = get_peft_model(base, plain.config)
+    unloaded = set_peft_model_state_dict(lora, plain.tensors).unexpected_keys
+    lost = next((key for key in unloaded if ".lora_" in key), None)
+    if lost is not None:
+        raise ValueError(f"PEFT made no LoRA layer for {lost}; adapt plain layers under unique names")
+    config = lora.peft_config["default"]
+    if config.modules_to_save:  # PEFT appends a task's heads once more
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    lora.__class__ = _exported_class(type(lora))
+    lora.adalora_ranks = plain.ranks
+    return lora.train(mode)
+
+
+def export_folder(
+    folder: str | os.PathLike, out: str | os.PathLike, *, uniform: bool = False, base: str | None = None
+) -> PlainLora:
+    """``to_lora(model).save_pretrained(out)`` from a saved adapter's files; the base model is not loaded.
+
+    Args:
+        folder: what ``save_pretrained`` of a PEFT AdaLoRA model wrote, fused or not. Adapted convolutions
+            need the base's kernel shape: use :func:`to_lora` there.
+        out: a new or empty folder; it is written whole or not at all.
+        uniform: see :func:`to_lora`.
+        base: name or path of the base model for the new adapter's configuration; None keeps the old one.
+
+    Raises:
+        ValueError: the checkpoint is damaged, unsafe or no AdaLoRA's, or ``out`` holds something already.
+        OSError: ``out`` cannot be written.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the folder that save_pretrained wrote")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; choose another")
+    settings = read_config(folder)
+    if settings.get("peft_type") != "ADALORA":
+        raise ValueError(
+            f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only ADALORA is exported"
+        )
+    scale = scale_of(settings)
+    tensors = read_tensors(weights_file(folder))
+    read_rank_pattern(settings, tensors, folder)
+    layers = [key.removesuffix(".lora_E").removeprefix(PREFIX) for key in tensors if key.endswith(".lora_E")]
+    target = settings.get("target_r")
+    budget = target * len(layers) if isinstance(target, int) else None
+    plain = convert(tensors, settings, dict.fromkeys(layers, scale), uniform=uniform, budget=budget)
+    if base is not None:
+        plain = replace(plain, config=replace(plain.config, base_model_name_or_path=base))
+    try:
+        _write(plain, out)
+    except OSError as error:
+        raise OSError(f"cannot write to {out} ({error.strerror or error}); choose another folder") from error
+    return plain
+
+
+def _write(plain: PlainLora, out: Path) -> None:
+    """All files, or none of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as name:
+        place = Path(name)
+        save_file(plain.tensors, place / WEIGHTS, metadata={"format": "pt"})
+        replace(plain.config, inference_mode=True).save_pretrained(place)
+        new_card(place / CARD, plain.config.base_model_name_or_path)
+        write_ranks(place / CARD, plain.ranks)
+        move_files(place, out)
+
+
+def _from_peft(model: PeftModel, adapter: str | None, uniform: bool) -> tuple[PlainLora, nn.Module]:
+    tuner = model.base_model
+    layers = adapter_layers(tuner.model)
+    if not layers:
+        raise TypeError(
+            f"this PeftModel has {type(tuner).__name__}, not AdaLoRA; save_pretrained it as it is"
+        )
+    if adapter is None:
+        adapter = getattr(tuner, "trainable_adapter_name", None) or tuner.active_adapters[0]
+    if adapter not in model.peft_config:
+        raise ValueError(f"there is no adapter {adapter!r}; choose one of {', '.join(model.peft_config)}")
+    layers = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
+    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    if merged is not None:
+        raise ValueError(f"an adapter is merged into {merged}; call unmerge_adapter() first")
+    sharded = next((n for n, layer in layers.items() if type(layer.lora_E[adapter].data) is not Tensor), None)
+    if sharded is not None:
+        raise ValueError(f"the factors of {sharded} are sharded; save the model, then export the folder")
+    config = model.peft_config[adapter]
+    before, config.rank_pattern = config.rank_pattern, None  # whole tensors: PEFT cuts its own keys otherwise
+    try:
+        tensors = get_peft_model_state_dict(
+            model, model.state_dict(), adapter_name=adapter, save_embedding_layers=False
+        )
+    finally:
+        config.rank_pattern = before
+    tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+    plain = convert(
+        tensors,
+        {**vars(config), "inference_mode": False},
+        {name: peft_scale(layer, adapter) for name, layer in layers.items()},
+        masks=_masks(tuner, adapter, before, layers),
+        uniform=uniform,
+        budget=config.target_r * len(layers),
+    )
+    for name, layer in layers.items():
+        if isinstance(layer, SVDConv2d):
+            _give_kernel_shape(plain.tensors, name, layer.get_base_layer().weight)
+    return plain, _without_adapters(tuner.model)
+
+
+def _masks(
+    tuner, adapter: str, pattern: dict | None, layers: dict[str, AdaLoraLayer]
+) -> dict[str, list[bool]]:
+    """The final mask of every layer that still has the triplets it prunes."""
+    if isinstance(tuner, FusedAdaLoraModel) and adapter == getattr(tuner, "trainable_adapter_name", None):
+        pattern = tuner.rankallocator.rank_pattern() if tuner.rankallocator.is_final else None
+    masks = {name.partition(".lora_E")[0]: kept for name, kept in (pattern or {}).items()}
+    return {
+        name: torch.as_tensor(kept).flatten().tolist()
+        for name, kept in masks.items()
+        if name in layers and len(kept) == len(layers[name].lora_E[adapter])
+    }
+
+
+def _give_kernel_shape(tensors: dict[str, Tensor], name: str, weight: Tensor) -> None:
+    """LoRA's convolutions: A' [r, in, kh, kw] and B' [out, r, 1, 1]."""
+    key_A, key_B = (f"{PREFIX}{name}.{kind}.weight" for kind in ("lora_A", "lora_B"))
+    if key_A in tensors:
+        tensors[key_A] = tensors[key_A].reshape(-1, *weight.shape[1:])
+        tensors[key_B] = tensors[key_B][:, :, None, None]
+
+
+def _from_native(model: nn.Module, uniform: bool) -> tuple[PlainLora, nn.Module]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaLoraLinear)}
+    if not layers or "" in layers:
+        raise TypeError(
+            f"to_lora needs a PEFT AdaLoRA model or a model that contains AdaLoraLinear layers, got "
+            f"{type(model).__name__}"
+        )
+    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    if merged is not None:
+        raise ValueError(f"the adapter is merged into {merged}; call its unmerge() first")
+    layers = {name: layer for name, layer in layers.items() if layer.r > 0}
+    tensors = {
+        f"{PREFIX}{name}.{kind}": factor.detach()
+        for name, layer in layers.items()
+        for kind, factor in layer.factors()._asdict().items()
+    }
+    allocator = model.__dict__.get("rankallocator")
+    known = allocator is not None and set(layers) <= set(allocator.layer_names)
+    colliding = any(is_suffix(name, layers) for name in layers)
+    dropouts = {layer.dropout for layer in layers.values()}
+    plain = convert(
+        tensors,
+        {
+            "target_modules": exact_pattern(layers) if colliding else list(layers),
+            "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        },
+        {name: layer.scaling for name, layer in layers.items()},
+        masks=allocator.rank_pattern() if known and allocator.is_final else None,
+        uniform=uniform,
+        budget=allocator.schedule.target if known else None,
+    )
+    return plain, _without_adapters(model)
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """A copy of the module tree on the same tensors, with plain layers in place of adapted ones."""
+    memo = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
+        )
+    allocator = model.__dict__.get("rankallocator")
+    if allocator is not None:
+        memo[id(allocator)] = None
+    base = copy.deepcopy(model, memo)
+    for name in ("rankallocator", "peft_config", "_hf_peft_config_loaded"):
+        base.__dict__.pop(name, None)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, AdaLoraLayer):
+            original = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            original = module.original_module
+        elif isinstance(module, AdaLoraLinear):
+            original = module.to_linear()
+        else:
+            continue
+        base.set_submodule(name, original)
+    return base

@@ -1,0 +1,101 @@
+"""What keeps a LoRA adapter from being served: the rules of vLLM, SGLang and TGI as data (docs/export.md)."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+
+from adalora_fast.integrations.files import read_config, read_tensors, weights_file
+
+SERVERS = ("vllm", "sglang", "tgi")
+KEY_ENDS = (".lora_A.weight", ".lora_B.weight")
+KEY_START = "base_model.model."
+ONE_RANK = (
+    "sglang",
+    "tgi",
+)  # they copy or stack the factors of all layers at the rank r of the configuration
+
+
+def servable(
+    adapter: PeftModel | str | os.PathLike, *, max_lora_rank: int = 16, adapter_name: str = "default"
+) -> dict[str, list[str]]:
+    """Why each server would refuse a plain LoRA adapter, or serve something else; an empty list: neither.
+
+    Judged by the files alone: whether the server knows the base model's architecture is not asked.
+
+    Args:
+        adapter: what :func:`adalora_fast.to_lora` returned, any PEFT LoRA model, or a saved adapter's folder.
+        max_lora_rank: the bound the server is started with (16 is vLLM's default).
+        adapter_name: which adapter of a model.
+
+    Returns:
+        ``{"vllm": [...], "sglang": [...], "tgi": [...]}``, one line for each reason.
+
+    Raises:
+        ValueError: the folder is damaged or unsafe.
+    """
+    if isinstance(adapter, PeftModel):
+        config = adapter.peft_config[adapter_name].to_dict()
+        tensors = get_peft_model_state_dict(adapter, adapter_name=adapter_name, save_embedding_layers=False)
+    else:
+        folder = Path(adapter)
+        config, tensors = read_config(folder), read_tensors(weights_file(folder))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    common = _common(config, shapes)
+    bounded = _too_large(config, shapes, max_lora_rank)
+    reasons = {server: [*common, *bounded] for server in SERVERS}
+    for server in ONE_RANK:
+        reasons[server] += _ragged(config, shapes)
+    return reasons
+
+
+def _common(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    reasons = []
+    kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    if kind != "LORA":
+        reasons.append(f"peft_type is {kind}; export it with to_lora")
+    foreign = [key for key in shapes if not (key.startswith(KEY_START) and key.endswith(KEY_ENDS))]
+    modules = config.get("modules_to_save") or config.get("trainable_token_indices")
+    if modules:
+        reasons.append("it has whole trained modules (modules_to_save), which servers do not load")
+    elif foreign:
+        reasons.append(
+            f"{len(foreign)} tensors are neither lora_A.weight nor lora_B.weight (the first is {foreign[0]})"
+        )
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias is {config['bias']!r}, servers take only 'none'")
+    odd = [name for name in ("use_dora", "use_rslora") if config.get(name)]
+    reasons += [f"{name} is set" for name in odd]
+    convolution = next((key for key, shape in shapes.items() if len(shape) != 2 and key not in foreign), None)
+    if convolution is not None:
+        reasons.append(f"{convolution} belongs to a convolution")
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    for name in {**ranks, **alphas}:
+        if r and alphas.get(name, alpha) * r != alpha * ranks.get(name, r):
+            reasons.append(f"{name} has a scale of its own, servers know one (lora_alpha / r)")
+            break
+    return reasons
+
+
+def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    return {key: shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
+
+
+def _too_large(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], bound: int) -> list[str]:
+    largest = max([config.get("r") or 0, *_ranks(shapes).values()])
+    return [f"rank {largest} is above max_lora_rank {bound}"] if largest > bound else []
+
+
+def _ragged(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    other = next((key for key, rank in _ranks(shapes).items() if rank != config.get("r")), None)
+    if other is not None:
+        return [
+            f"{other} has rank {_ranks(shapes)[other]}, not r = {config.get('r')}; export with uniform=True"
+        ]
+    if config.get("exclude_modules"):
+        return ["layers without an adapter are left out (exclude_modules); export with uniform=True"]
+    return []
