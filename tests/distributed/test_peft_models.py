@@ -85,6 +85,33 @@ def test_equals_one_process(pair, alone, kind, foreach):
     same(results[0], alone)
 
 
+def plain_run(kind: str):
+    """PEFT's own loop on PEFT's own model; the masks, or why there are none."""
+    inner = adapted("bert", **CONFIG).double()
+    model = wrapped(kind, inner)
+    optimizer = torch.optim.AdamW(trainable(inner), lr=2e-2)
+    try:
+        for t in range(STEPS):
+            model(**share(t)).loss.backward()
+            optimizer.step()
+            inner.base_model.update_and_allocate(t)
+            optimizer.zero_grad()
+    except Exception as error:
+        return type(error).__name__
+    return inner.peft_config["default"].rank_pattern
+
+
+def test_11_sharded_parameters(pair, alone):
+    """PEFT's AdaLoRA fails under ``fully_shard`` (its regulariser or its allocator mixes shards and whole
+    tensors); a fused model prunes the same triplets as in one process.
+    """
+    reasons = pair.run(plain_run, "sharded")
+    assert all(isinstance(reason, str) for reason in reasons), reasons
+    found = pair.run(run, "sharded")
+    agree(found)
+    same(found[0], alone)
+
+
 def step_in_wrong_order():
     inner = fuse(adapted("bert", **CONFIG))
     model = wrapped("replicated", inner)

@@ -1,7 +1,7 @@
 """Known defects of PEFT's AdaLoRA (0.21.2), one test each: what plain PEFT does, and what a fused model does.
 
-Where PEFT mends one, its half of the test fails, and a row of docs/peft.md changes. The eleventh, that PEFT
-knows nothing of sharded parameters, is in tests/distributed.
+Where PEFT mends one, its half of the test fails, and a row of docs/peft.md changes. The eleventh needs two
+processes: ``tests/distributed/test_peft_models.py::test_11_sharded_parameters``.
 """
 
 import warnings
