@@ -14,7 +14,8 @@ PACKAGES = (
     "adalora_fast", "torch", "triton", "transformers", "peft", "accelerate", "safetensors", "datasets",
     "numpy", "scikit-learn",
 )  # fmt: skip
-CODE = ("adalora_fast", "benchmarks", "csrc")  # what a figure depends on, in the repository
+# What a figure depends on, in the repository: its own file must not make it one of edited code.
+CODE = (".", ":/benchmarks", ":/csrc", ":(top,exclude)benchmarks/results")
 
 
 def environment() -> dict[str, Any]:
@@ -62,7 +63,7 @@ def git_commit(folder: Path) -> str | None:
     if not git("ls-files", "."):  # an installed copy inside somebody else's repository
         return None
     commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--", *(f":/{name}" for name in CODE))
+    changed = git("status", "--porcelain", "--", *CODE)
     return f"{commit}+changes" if commit and changed else commit
 
 

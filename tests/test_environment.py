@@ -81,9 +81,15 @@ def test_commit(repository):
     commit = git_commit(package)
     assert len(commit) == 40 and set(commit) <= set("0123456789abcdef")
     (repository / "notes.txt").write_text("beside the package")
+    (repository / "benchmarks" / "results" / "cpu").mkdir(parents=True)
+    (repository / "benchmarks" / "results" / "cpu" / "today.json").write_text("{}")
     assert git_commit(package) == commit
-    (package / "code.py").write_text("2\n")
-    assert git_commit(package) == f"{commit}+changes"
+    for edited in (repository / "benchmarks" / "suite.py", package / "code.py"):
+        before = edited.read_text() if edited.exists() else None
+        edited.write_text("2\n")
+        assert git_commit(package) == f"{commit}+changes"
+        edited.unlink() if before is None else edited.write_text(before)
+    assert git_commit(package) == commit
 
 
 def test_no_commit(tmp_path, repository, monkeypatch):

@@ -45,7 +45,9 @@ def _over(suite: str, contestant: str, other: str, **what) -> Callable[[Results]
         if own.baseline == other:
             return own.ratio  # of rounds, where turns were taken
         base = _row(results, suite, other, **own.what)
-        return own.value / base.value if base is not None and base.clock == own.clock else None
+        if base is None or base.clock != own.clock:
+            return None
+        return own.ratio / base.ratio if own.ratio and base.ratio else own.value / base.value
 
     return figure
 
