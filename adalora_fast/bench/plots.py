@@ -199,6 +199,8 @@ def growth(results: Results) -> "Figure | None":
         ticks = sorted({row.what[varies] for row in rows})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(_few)
         axis.set_xlabel({"layers": "adapted layers", "rank": "rank r"}.get(varies, varies))
         axis.set_ylabel("ms")
         axis.set_title(_panel_title(part, rows[0]), fontsize=9)
@@ -207,6 +209,11 @@ def growth(results: Results) -> "Figure | None":
         axis.set_visible(False)
     figure.suptitle(f"Growth\n{_below(results)}", fontsize=9)
     return figure
+
+
+def _few(value: float, place: int) -> str:
+    """Of the numbers between powers of ten 2 and 5."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _panel_title(part: str, row: Row) -> str:
