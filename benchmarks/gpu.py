@@ -8,7 +8,8 @@ suite, the most important cases first; a table. The file of results is written a
 command on the same code goes on with what there was no time for. ``--dry-run`` walks through all of it on a
 CPU with tiny sizes, kernels in Triton's interpreter, and writes nothing unless ``--output`` says where.
 
-Needs PyTorch, Triton, transformers, PEFT and pytest. Exits with 1 where a test failed, with 2 without a GPU.
+Needs PyTorch, Triton, transformers, PEFT and pytest (with hypothesis the correctness tests are a few more).
+Exits with 1 where a test failed, with 2 without a GPU.
 """
 
 import argparse

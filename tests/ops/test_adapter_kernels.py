@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from adalora_fast.ops import adalora_linear, launch
 from adalora_fast.ops.adapter import plans
@@ -34,6 +32,7 @@ from tests.ops.kernel_cases import (
 )
 from tests.ops.kernels import counted, poisoned
 from tests.ops.naive import draw_grad, formula, leaves, onto_linear, results, truth
+from tests.ops.properties import given, settings, st
 from tests.tolerances import RelativeRule
 
 pytestmark = ON_DEVICE
