@@ -4,6 +4,7 @@ Every command is a frozen dataclass whose fields are its flags. Anything slow is
 so that `--help` answers at once.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -171,6 +172,7 @@ def _quiet_libraries() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it names a package it could use
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
