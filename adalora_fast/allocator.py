@@ -329,6 +329,12 @@ class RankAllocator:
         self._report_nan(pattern)
         return pattern
 
+    def scores(self) -> Tensor | None:
+        """S of every triplet [T] at the last mask (semantics: s(λ) + mean s(P) + mean s(Q)), layer after layer;
+        None before the first.
+        """
+        return None if self._scores is None else self._scores.detach().clone()
+
     def _report_nan(self, pattern: dict[str, list[bool]]) -> None:
         """Say once that scores were no numbers, where the device is waited for anyway."""
         if self._said_nan or self._scores is None or len(self._scores) != len(self._mask):

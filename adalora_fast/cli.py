@@ -1,4 +1,4 @@
-"""The command line: `adalora-fast demo | train | report | export | bench`.
+"""The command line: `adalora-fast demo | train | sweep | report | export | bench`.
 
 Every command is a frozen dataclass whose fields are its flags. Anything slow is imported when a command runs,
 so that `--help` answers at once.
@@ -45,10 +45,12 @@ class Demo:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """One run on a GLUE task, in one folder. A complete run is not run again; an interrupted one resumes."""
+    """One run on one task, in one folder. A complete run is not run again; an interrupted one resumes. On several
+    GPUs: torchrun -m adalora_fast train ...
+    """
 
     task: str
-    """mrpc, sst2, cola, rte, qnli, qqp, wnli, stsb or mnli."""
+    """mrpc, sst2, cola, rte, qnli, qqp, wnli, stsb, mnli, squad or squad_v2."""
     model: str = "microsoft/deberta-v3-base"
     """minilm (the packaged encoder), the path of a local folder, or a name on the hub."""
     data_dir: Path | None = None
@@ -56,59 +58,117 @@ class Train:
     output: Path | None = None
     """Folder of the run (default: runs/<task>/<model>-<method>-seed<seed>)."""
     method: str = "adalora"
-    """adalora, lora (at the final rank), head (classification head only) or full (every weight)."""
+    """adalora, peft (PEFT's own), lora (at the final rank), head (head only) or full (every weight)."""
     score: str = "sensitivity"
-    """sensitivity, movement, fisher, gsnr or magnitude."""
+    """sensitivity, movement, fisher, gsnr, magnitude, or the nulls uniform and random."""
     smoothing: str | None = None
     """ema_uncertainty, ema, sum or none (default: the score's own)."""
     score_gradient: str = "total"
     """total (as PEFT does), or task (without the orthogonality term)."""
     recipe: str | None = None
-    """default, paper, minilm, or the path of a JSON file; the flags below override it."""
-    init_r: int | None = None
-    """Rank at the start."""
-    target_r: int | None = None
-    """Average rank at the end."""
-    learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
-    """Peak learning rate."""
-    epochs: float | None = None
-    """Passes over the training data."""
+    """One of the package (default: by model and task), or the path of a JSON file."""
+    set: tuple[str, ...] = ()
+    """Settings of the recipe to change, for instance epochs=5 learning_rate=1e-3 init_r=12."""
+    dtype: str = "float32"
+    """Of the frozen weights: float32, bfloat16 or float16."""
+    attention: str | None = None
+    """eager, sdpa or flash_attention_2 (default: the model's)."""
+    compile: bool = False
+    """torch.compile the model."""
     seed: int = 0
     """Seed of the initial weights and the order of the data."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.experiments.glue import run_glue
+        from adalora_fast.experiments.recipes import parse_overrides
+        from adalora_fast.experiments.single import run_single
 
-        data_dir = self.data_dir or (
-            Path(os.environ["ADALORA_FAST_DATA"]) if "ADALORA_FAST_DATA" in os.environ else None
-        )
-        run_glue(
+        names = ("method", "score", "smoothing", "score_gradient", "dtype", "attention", "compile", "seed")
+        run_single(
             task_name=self.task,
             model=self.model,
-            data_dir=data_dir,
+            data_dir=_data_dir(self.data_dir),
             output=self.output,
             recipe=self.recipe,
-            overrides={
-                name: getattr(self, name) for name in ("init_r", "target_r", "learning_rate", "epochs")
-            },
-            options={
-                name: getattr(self, name)
-                for name in ("method", "score", "smoothing", "score_gradient", "seed")
-            },
+            overrides=parse_overrides(self.set),
+            options={name: getattr(self, name) for name in names},
             console=console,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Every task × arm × seed of a recipe, in one folder; the same command goes on where it was interrupted.
+    Started several times, the processes share the runs.
+    """
+
+    recipe: str
+    """study-table1, study-table2, adalora-glue, adalora-squad, minilm-glue, minilm-squad, or a JSON file."""
+    output: Path | None = None
+    """Folder of the sweep (default: runs/<recipe>)."""
+    model: str | None = None
+    """In place of the recipe's: minilm, the path of a local folder, or a name on the hub."""
+    data_dir: Path | None = None
+    """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else the hub)."""
+    tasks: tuple[str, ...] = ()
+    """In place of the recipe's."""
+    arms: tuple[str, ...] = ()
+    """In place of the recipe's: scores (fisher, fisher+sum, fisher+task, ...), uniform, random, peft, lora, full, head."""
+    seeds: tuple[int, ...] = ()
+    """In place of the recipe's."""
+    set: tuple[str, ...] = ()
+    """Settings to change for every task, for instance epochs=5 train_rows=1000."""
+    tune: bool = False
+    """Choose every arm's learning rate on held-out training data first."""
+    dtype: str = "float32"
+    """Of the frozen weights: float32, bfloat16 or float16."""
+    attention: str | None = None
+    """eager, sdpa or flash_attention_2 (default: the model's)."""
+    compile: bool = False
+    """torch.compile the model."""
+    ray: str | None = None
+    """Address of a Ray cluster, one run per GPU ("auto" finds a running one, "local" starts one here)."""
+
+    def run(self, console: "Console") -> int:
+        from adalora_fast.experiments.recipes import parse_overrides
+        from adalora_fast.experiments.sweep import make_plan, run_sweep
+
+        plan = make_plan(
+            recipe=self.recipe,
+            model=self.model,
+            tasks=self.tasks,
+            arms=self.arms,
+            seeds=self.seeds,
+            tune=self.tune,
+            data_dir=_data_dir(self.data_dir),
+            overrides=parse_overrides(self.set),
+            options={name: getattr(self, name) for name in ("dtype", "attention", "compile")},
+        )
+        output = self.output or Path("runs") / plan.name
+        failed = run_sweep(plan, output, console, ray=self.ray)
+        console.print(f"tables and pictures: adalora-fast report {output}", highlight=False, soft_wrap=True)
+        return 1 if failed else 0
+
+
+def _data_dir(given: Path | None) -> Path | None:
+    return given or (Path(os.environ["ADALORA_FAST_DATA"]) if "ADALORA_FAST_DATA" in os.environ else None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """A table of every complete run below a folder."""
+    """Tables and pictures of a sweep; of any other folder, a table of the complete runs below it."""
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """Where to look."""
+    output: Path | None = None
+    """Where a sweep's report goes (default: report/ in its folder)."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.experiments.report import find_runs, load_results, results_table
+        from adalora_fast.experiments.report import find_runs, load_results, results_table, write_report
 
+        if (self.folder / "plan.json").is_file():
+            for path in write_report(self.folder, self.output):
+                console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+            return
         folders = find_runs(self.folder)
         if not folders:
             raise FileNotFoundError(f"no complete run below {self.folder}; give the folder that holds them")
@@ -141,7 +201,7 @@ class Export:
             console.out(f"{server}: {'; '.join(reasons) or 'takes it'}", highlight=False)
 
 
-COMMANDS = {"demo": Demo, "train": Train, "report": Report, "export": Export, "bench": Bench}
+COMMANDS = {"demo": Demo, "train": Train, "sweep": Sweep, "report": Report, "export": Export, "bench": Bench}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,54 +4,38 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback
 
-from .models import family_of, resolve_model, target_modules
+from .arms import register_nulls
+from .encoders import load_model
+from .models import head_modules, target_modules
 from .runs import RunSettings
 from .tasks import Task
 
-PLACEHOLDER_STEPS = (
-    1_000_000  # PEFT's config insists on a number; the callback knows the real one when training starts
-)
+# PEFT's config insists on a number; the callbacks know the real one when training starts.
+PLACEHOLDER_STEPS = 1_000_000
+TASK_TYPES = {"question_answering": "QUESTION_ANS"}
 
 
 def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
-    """The pretrained encoder with a fresh head for `task`, and its tokenizer. A local model is read
-    without a network.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    name = resolve_model(settings.model)
-    local = {"local_files_only": Path(name).is_dir()}
-    head: dict[str, Any] = {"num_labels": task.num_labels}
-    if task.is_regression:
-        head["problem_type"] = "regression"
-    else:
-        head["problem_type"] = "single_label_classification"
-        head["id2label"] = dict(enumerate(task.labels))
-        head["label2id"] = {label: code for code, label in enumerate(task.labels)}
-    try:
-        config = AutoConfig.from_pretrained(name, **local, **head)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the model {settings.model!r} is not reachable; give --model minilm or the path of a "
-            "local folder"
-        ) from error
-    family_of(config.model_type)
-    if settings.recipe.classifier_dropout is not None:
-        dropout = {"deberta-v2": "cls_dropout", "distilbert": "seq_classif_dropout"}
-        setattr(
-            config, dropout.get(config.model_type, "classifier_dropout"), settings.recipe.classifier_dropout
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name, **local)
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config, **local), tokenizer
+    """The pretrained encoder with a fresh head for `task`, and its tokenizer."""
+    return load_model(
+        settings.model,
+        kind=task.kind,
+        labels=task.labels,
+        classifier_dropout=settings.recipe.classifier_dropout,
+        dropout=settings.recipe.dropout,
+        dtype=settings.dtype,
+        attention=settings.attention,
+    )
 
 
-def adapt(model: nn.Module, settings: RunSettings) -> nn.Module:
-    """Freeze what `settings.method` freezes and add its adapters; pooler and classifier are always
-    trained fully.
+def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
+    """Freeze what `settings.method` freezes and add its adapters; the head (pooler included) is always trained
+    fully.
     """
     model_type = model.config.model_type
-    head = list(family_of(model_type).head)
+    head = list(head_modules(model_type, task.kind))
     if settings.method == "full":
         return model
     if settings.method == "head":
@@ -63,7 +47,7 @@ def adapt(model: nn.Module, settings: RunSettings) -> nn.Module:
 
     recipe = settings.recipe
     common: dict[str, Any] = {
-        "task_type": TaskType.SEQ_CLS,
+        "task_type": TaskType[TASK_TYPES.get(task.kind, "SEQ_CLS")],
         "target_modules": target_modules(model_type),
         "modules_to_save": head,
     }
@@ -71,9 +55,6 @@ def adapt(model: nn.Module, settings: RunSettings) -> nn.Module:
         return get_peft_model(
             model, LoraConfig(r=recipe.target_r, lora_alpha=recipe.scale * recipe.target_r, **common)
         )
-
-    from adalora_fast import fuse
-
     adapted = get_peft_model(
         model,
         AdaLoraConfig(
@@ -88,17 +69,62 @@ def adapt(model: nn.Module, settings: RunSettings) -> nn.Module:
             **common,
         ),
     )
-    options = {"score": settings.score, "score_gradient": settings.score_gradient}
-    if settings.smoothing is not None:
-        options["smoothing"] = settings.smoothing
-    fuse(adapted, **options)
+    if settings.method == "adalora":
+        from adalora_fast import fuse
+
+        register_nulls()
+        options = {"score": settings.score, "score_gradient": settings.score_gradient}
+        if settings.smoothing is not None:
+            options["smoothing"] = settings.smoothing
+        fuse(adapted, **options)
     return adapted
+
+
+def training_callbacks(settings: RunSettings) -> list[TrainerCallback]:
+    """What moves the rank budget while the Trainer trains; empty where there is none."""
+    recipe = settings.recipe
+    schedule = {"tinit": recipe.tinit, "tfinal": recipe.tfinal, "deltaT": recipe.deltaT}
+    if settings.method == "adalora":
+        from adalora_fast import AdaLoraCallback
+
+        return [AdaLoraCallback(**schedule)]
+    return [PeftAllocation(**schedule)] if settings.method == "peft" else []
+
+
+class PeftAllocation(TrainerCallback):
+    """The control: PEFT's own allocator, called where it has to be, with the schedule fitted to the run."""
+
+    def __init__(self, *, tinit: int | float, tfinal: int | float, deltaT: int) -> None:
+        self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        tuner = model.base_model
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        config.tinit, config.tfinal = (
+            int(steps * state.max_steps) if isinstance(steps, float) else steps
+            for steps in (self.tinit, self.tfinal)
+        )
+        config.deltaT, config.total_step = self.deltaT, state.max_steps
+        tuner.rankallocator.set_total_step(state.max_steps)
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        model.base_model.update_and_allocate(state.global_step)
 
 
 def ranks_of(model: nn.Module, settings: RunSettings) -> dict[str, int]:
     """Rank of every adapted matrix by its module name; empty where nothing is adapted."""
     if settings.method == "adalora":
         return {name: int(rank) for name, rank in model.base_model.rankallocator.ranks().items()}
+    if settings.method == "peft":
+        tuner = model.base_model
+        pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
+        if pattern is None:
+            raise RuntimeError(
+                f"{settings.label}: PEFT's allocator never made its final mask; train for longer"
+            )
+        return {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}
     if settings.method == "lora":
         modules = model.base_model.model.named_modules()
         return {name: layer.r["default"] for name, layer in modules if hasattr(layer, "lora_A")}
@@ -106,9 +132,11 @@ def ranks_of(model: nn.Module, settings: RunSettings) -> dict[str, int]:
 
 
 def check_budget(ranks: dict[str, int], settings: RunSettings) -> int:
-    """The total rank; RuntimeError where it is not exactly target_r per adapted matrix."""
+    """The total rank; RuntimeError where it is not exactly target_r per adapted matrix. (PEFT's own allocator may
+    prune more: every triplet whose score equals the last one's.)
+    """
     total, budget = sum(ranks.values()), settings.recipe.target_r * len(ranks)
-    if total != budget:
+    if total > budget or (total < budget and settings.method != "peft"):
         raise RuntimeError(
             f"{settings.label}: the total rank is {total}, the budget is {budget}; the allocation is wrong"
         )

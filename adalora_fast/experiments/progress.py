@@ -26,6 +26,7 @@ class TrainingProgress:
         self.console = console or Console(file=sys.stderr)
         self._runs = runs
         self._finished = 0
+        self._known: list[int] = []  # steps of every run so far
         self.bars = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=None),
@@ -52,11 +53,15 @@ class TrainingProgress:
 
     def start_run(self, label: str, steps: int, done: int = 0) -> None:
         """A run of `steps` optimizer steps begins, `done` of them from an earlier attempt."""
-        if self._runs > 1 and self._all is None:
-            self._all = self.bars.add_task("all runs", total=self._runs * steps, note="")
-        if self._all is not None:
+        self._known.append(steps)
+        if self._runs > 1:
+            # Runs to come are taken to be as long as those so far.
+            mean = sum(self._known) / len(self._known)
+            total = sum(self._known) + mean * (self._runs - self._finished - 1)
+            if self._all is None:
+                self._all = self.bars.add_task("all runs", total=total, note="")
             note = f"run {self._finished + 1} of {self._runs}"
-            self.bars.update(self._all, completed=self._finished * steps + done, note=note)
+            self.bars.update(self._all, total=total, completed=sum(self._known[:-1]) + done, note=note)
         self._one = self.bars.add_task(label, total=steps, completed=done, note="")
 
     def advance(self) -> None:

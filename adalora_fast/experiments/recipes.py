@@ -1,15 +1,22 @@
 """Recipes: how long, how fast and under which rank budget a task is trained. A recipe is a JSON file.
 
-    {"description": "...", "defaults": {"epochs": 3, ...}, "tasks": {"mrpc": {"learning_rate": 1e-3, ...}}}
+    {"description": "...", "model": "...", "defaults": {"epochs": 3, ...},
+     "tasks": {"mrpc": {"learning_rate": 1e-3, ...}},
+     "grid": {"tasks": ["mrpc", ...], "arms": ["sensitivity", "lora", ...], "seeds": [0, 1, 2]},
+     "tuning": {"learning_rates": [5e-4, ...], "seeds": [0, 1], "held_out": 0.1}}
 
-Three come with the package: `default` (rank 16 to 8, three epochs), `minilm` (for the packaged encoder) and
-`paper` (AdaLoRA's own scripts for DeBERTa-v3-base).
+`grid` is what a sweep runs; with `tuning`, every arm's learning rate is first chosen on a part of the training
+data that is held out. With the package come `study-table1` and `study-table2` (the score study: rank 16 to 8,
+three epochs), `adalora-glue` and `adalora-squad` (AdaLoRA's own scripts for DeBERTa-v3-base), `minilm-glue`
+and `minilm-squad` (for the packaged encoder).
 """
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -20,7 +27,9 @@ class Recipe:
 
     `scale` is lora_alpha / init_r, so that a different rank keeps the same step size. `tinit`, `tfinal` and
     `warmup` are optimizer steps if they are integers and fractions of the run if they are below 1.
-    `classifier_dropout` of None leaves the model's own.
+    `classifier_dropout` and `dropout` (the encoder's, hidden and attention) of None leave the model's own.
+    `train_rows` and `evaluation_rows` take that many rows of each split, always the same ones. `stride`,
+    `n_best` and `max_answer_length` (in tokens) are for question answering.
     """
 
     epochs: float = 3.0
@@ -40,6 +49,13 @@ class Recipe:
     beta1: float = 0.85
     beta2: float = 0.85
     classifier_dropout: float | None = None
+    dropout: float | None = None
+    precision: str = "fp32"
+    train_rows: int | None = None
+    evaluation_rows: int | None = None
+    stride: int = 128
+    n_best: int = 20
+    max_answer_length: int = 30
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,22 +64,34 @@ class Recipe:
             raise ValueError(
                 f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r"
             )
+        if self.stride >= self.max_length and self.stride != Recipe.stride:
+            raise ValueError(f"stride ({self.stride}) must be smaller than max_length ({self.max_length})")
 
 
-INTEGERS = ("batch_size", "max_length", "init_r", "target_r", "deltaT")
+PRECISIONS = ("fp32", "bf16", "fp16")  # mixed precision: weights stay float32
+OPTIONAL = ("classifier_dropout", "dropout", "train_rows", "evaluation_rows")
+INTEGERS = (
+    "batch_size", "max_length", "init_r", "target_r", "deltaT", "train_rows", "evaluation_rows", "stride",
+    "n_best", "max_answer_length",
+)  # fmt: skip
 STEPS = ("warmup", "tinit", "tfinal")  # an integer, or a fraction of the run
 FROM_ZERO = ("weight_decay", "orth_reg_weight", *STEPS)
-PROBABILITIES = ("beta1", "beta2", "classifier_dropout")
+MAY_BE_ZERO = ("classifier_dropout", "dropout")
+PROBABILITIES = ("beta1", "beta2", *MAY_BE_ZERO)
 
 
 def _check_number(name: str, value: object) -> None:
     """ValueError where a setting is no number, or out of its range."""
-    if name == "classifier_dropout" and value is None:
+    if name in OPTIONAL and value is None:
+        return
+    if name == "precision":
+        if value not in PRECISIONS:
+            raise ValueError(f"unknown precision {value!r}; choose one of {', '.join(PRECISIONS)}")
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
     if name in PROBABILITIES:
-        if not 0 <= value < 1 or (value == 0 and name != "classifier_dropout"):
+        if not 0 <= value < 1 or (value == 0 and name not in MAY_BE_ZERO):
             raise ValueError(f"{name} is {value}; it must be between 0 and 1")
     elif name in FROM_ZERO:
         if not value >= 0:
@@ -76,15 +104,36 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be an integer")
 
 
-def recipe_for(model: str) -> str:
-    """The recipe of a model for which none is asked for."""
-    return "minilm" if model == "minilm" else "default"
+PARTS = ("description", "model", "defaults", "tasks", "grid", "tuning")
+
+
+def recipe_for(model: str, task: str) -> str:
+    """The recipe for which none is asked for."""
+    squad = task in ("squad", "squad_v2")
+    if model == "minilm":
+        return "minilm-squad" if squad else "minilm-glue"
+    return "study-table2" if squad else "study-table1"
 
 
 def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
     """The recipe `name` (one of the package, or a path to a JSON file) for `task`; overrides that are
     None are ignored.
     """
+    return recipe_of(read_recipe(name), name, task, **overrides)
+
+
+def recipe_of(content: dict[str, Any], name: str, task: str, **overrides: object) -> Recipe:
+    """The settings for `task` in what `read_recipe` returned."""
+    values = content.get("defaults", {}) | content.get("tasks", {}).get(task, {})
+    unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
+    if unknown:
+        known = ", ".join(field.name for field in fields(Recipe))
+        raise ValueError(f"recipe {name} has the unknown setting {unknown[0]!r}; choose from {known}")
+    return Recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The content of a recipe file: an object of objects with known parts, its settings not yet checked."""
     path = RECIPES / f"{name}.json"
     if not path.is_file():
         path = Path(name).expanduser()
@@ -95,27 +144,37 @@ def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also where it is not text
         raise ValueError(f"recipe {path} is not JSON ({error}); correct it") from error
-    parts = (
-        [content, *(content.get(part, {}) for part in ("defaults", "tasks"))]
-        if _is_table(content)
-        else [content]
-    )
-    if not all(map(_is_table, parts)) or not _is_table(parts[2].get(task, {})):
+    tables = [content]
+    if isinstance(content, dict):
+        strange = sorted(content.keys() - set(PARTS))
+        if strange:
+            raise ValueError(f"recipe {path} has the unknown part {strange[0]!r}; choose {', '.join(PARTS)}")
+        tables += [content.get(part, {}) for part in ("defaults", "tasks", "grid", "tuning")]
+    if not all(isinstance(table, dict) for table in tables):
         raise ValueError(
-            f"recipe {path} must hold objects: defaults, and tasks by name; see the package's own"
+            f"recipe {path} must hold objects: defaults, tasks by name, grid, tuning; see the package's own"
         )
-    strange = sorted(content.keys() - {"description", "defaults", "tasks"})
-    if strange:
-        raise ValueError(
-            f"recipe {path} has the unknown part {strange[0]!r}; choose description, defaults, tasks"
-        )
-    values = parts[1] | parts[2].get(task, {})
-    unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
-    if unknown:
-        known = ", ".join(field.name for field in fields(Recipe))
-        raise ValueError(f"recipe {path} has the unknown setting {unknown[0]!r}; choose from {known}")
-    return Recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))
+    if not all(isinstance(settings, dict) for settings in tables[2].values()):
+        raise ValueError(f"recipe {path} must hold objects under tasks, one per task; see the package's own")
+    return content
 
 
-def _is_table(value: object) -> bool:
-    return isinstance(value, dict)
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """{"epochs": 5, ...} of "epochs=5", ...: numbers are numbers, none is None.
+
+    Raises:
+        ValueError: no such setting, or nothing after the equals sign.
+    """
+    known = {field.name for field in fields(Recipe)}
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in known or not value:
+            raise ValueError(
+                f"cannot set {text!r}; write <setting>=<value> with one of {', '.join(sorted(known))}"
+            )
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            overrides[name] = value
+    return overrides

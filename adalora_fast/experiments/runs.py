@@ -4,8 +4,12 @@ A run is written into `.NAME.partial` beside its folder, which takes its name on
 So a folder that exists is complete, and one that was interrupted is recognised and goes on.
 """
 
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,18 @@ from adalora_fast.environment import environment, write_json
 
 from .recipes import Recipe
 
-METHODS = ("adalora", "lora", "head", "full")
+METHODS = ("adalora", "peft", "lora", "head", "full")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Everything that decides what a run computes. Two runs with equal settings are the same run.
 
-    `method` is adalora, lora (plain LoRA at the final rank), head (only the classification head) or full
-    (every weight). `smoothing` of None is the score's own default.
+    `method` is adalora (here, with any score), peft (PEFT's own AdaLoRA), lora (plain LoRA at the final rank),
+    head (only the classification head) or full (every weight). `smoothing` of None is the score's own default.
+    `held_out` above zero evaluates on that part of the training data, which is then not trained on, instead
+    of the development set. `dtype` is that of the frozen weights; `attention` and `compile` are for speed.
     """
 
     task: str
@@ -31,22 +38,46 @@ class RunSettings:
     score: str = "sensitivity"
     smoothing: str | None = None
     score_gradient: str = "total"
-    precision: str = "fp32"
     seed: int = 0
+    held_out: float = 0.0
     data_dir: str | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    compile: bool = False
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         _require("method", self.method, METHODS)
         _require("score_gradient", self.score_gradient, ("total", "task"))
-        _require("precision", self.precision, ("fp32", "bf16"))
+        _require("dtype", self.dtype, DTYPES)
+        if not 0 <= self.held_out < 1:
+            raise ValueError(
+                f"held_out is {self.held_out}; it must be a fraction of the training data below 1"
+            )
+
+    @property
+    def arm(self) -> str:
+        """The short name under which sweeps know this way to train; `arms.parse_arm` reads it."""
+        if self.method != "adalora":
+            return self.method
+        return "+".join(
+            [
+                self.score,
+                *filter(None, [self.smoothing]),
+                *(["task"] if self.score_gradient == "task" else []),
+            ]
+        )
 
     @property
     def label(self) -> str:
         """A short name for tables and folders."""
-        return {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "full": "full"}.get(
-            self.method, self.score
-        )
+        known = {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "peft": "peft-adalora"}
+        return known.get(self.method, self.arm)
+
+
+def is_main_process() -> bool:
+    """False in the processes of a distributed run (torchrun, accelerate) that write nothing."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -80,6 +111,8 @@ class RunFolder:
 
     def start(self) -> None:
         """Make the working folder, with config.json in it; one left by an interrupted run is taken over."""
+        if not is_main_process():
+            return
         try:
             self.working.mkdir(parents=True, exist_ok=True)
             if not (self.working / "config.json").is_file():
@@ -92,14 +125,46 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Remove the working folder of a run that could not begin: the corrected one needs its place."""
-        if not self.checkpoints.is_dir() or not any(self.checkpoints.iterdir()):
+        if is_main_process() and not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             shutil.rmtree(self.working, ignore_errors=True)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes off this run while it is at work; the lock goes with the process. (Of the
+        processes of one distributed run, the first one holds it.)
+
+        Raises:
+            BlockingIOError: another process is at work on it.
+        """
+        return (
+            nullcontext() if not is_main_process() else _lock(self.path.with_name(f".{self.path.name}.lock"))
+        )
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, remove what was only needed for resuming, and give the folder its name."""
         write_json(self.working / "result.json", result)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.working.rename(self.path)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise type(error)(
+            f"cannot write to {path.parent} ({error.strerror}); choose another --output"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is at work on {path.parent}; wait for it") from None
+        if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            # Its owner has just finished and taken the file away: this lock keeps nobody off.
+            raise BlockingIOError(f"another process has just worked on {path.parent}; try again")
+        yield
+        path.unlink(missing_ok=True)
 
 
 def open_run(path: Path | str, settings: RunSettings) -> RunFolder:

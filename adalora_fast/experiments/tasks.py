@@ -1,11 +1,13 @@
-"""The GLUE tasks as data, and how their rows are read.
+"""The tasks as data, and how the rows of the GLUE ones are read (those of SQuAD: `squad`).
 
 Rows come from `DIR/<task>/<split>.parquet` with the column names of `nyu-mll/glue`, or from the hub. Where a
 whole split is absent, `<split>_sample.parquet` is used and the result is marked as a sample.
 """
 
 import math
-from dataclasses import dataclass, field
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,28 +19,39 @@ HUB_DATASET = "nyu-mll/glue"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One GLUE task.
+    """One task.
 
-    `labels` are the class names in the order of their codes; a regression task has none. The first of
-    `metrics` is the one by which results are compared; `evaluation` names the splits that are evaluated.
+    `kind` is classification, regression or question_answering. `labels` are the class names in the order of
+    their codes; only a classification has any. The first of `metrics` is the one by which results are
+    compared; `evaluation` names the splits that are evaluated.
     """
 
     name: str
     text_columns: tuple[str, ...]
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
+    kind: str = "classification"
     evaluation: tuple[str, ...] = ("validation",)
     hub_dataset: str = HUB_DATASET
     hub_name: str = field(default="")
 
     @property
     def is_regression(self) -> bool:
-        return not self.labels
+        return self.kind == "regression"
 
     @property
     def num_labels(self) -> int:
         """Outputs of the classification head: one number for a regression."""
         return len(self.labels) or 1
+
+    @property
+    def hub_address(self) -> tuple[str, ...]:
+        """What `datasets.load_dataset` is given."""
+        return (
+            (self.hub_dataset, self.hub_name or self.name)
+            if self.hub_dataset == HUB_DATASET
+            else (self.hub_dataset,)
+        )
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -75,6 +88,7 @@ TASKS: dict[str, Task] = {
             text_columns=_SENTENCES,
             labels=(),
             metrics=("pearson_spearman", "pearson", "spearman"),
+            kind="regression",
         ),
         Task(
             name="mnli",
@@ -82,6 +96,22 @@ TASKS: dict[str, Task] = {
             labels=("entailment", "neutral", "contradiction"),
             metrics=("accuracy",),
             evaluation=("validation_matched", "validation_mismatched"),
+        ),
+        Task(
+            name="squad",
+            text_columns=("question", "context"),
+            labels=(),
+            metrics=("f1", "exact_match"),
+            kind="question_answering",
+            hub_dataset="rajpurkar/squad",
+        ),
+        Task(
+            name="squad_v2",
+            text_columns=("question", "context"),
+            labels=(),
+            metrics=("f1", "exact_match"),
+            kind="question_answering",
+            hub_dataset="rajpurkar/squad_v2",
         ),
     )
 }
@@ -102,10 +132,50 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, rows: Sequence[int]) -> "Split":
+        """These rows, in this order."""
+        texts = tuple([column[row] for row in rows] for column in self.texts)
+        return replace(self, texts=texts, labels=[self.labels[row] for row in rows])
+
+    def take(self, count: int | None) -> "Split":
+        """`count` rows, always the same ones, in the order of the file; then it is a sample."""
+        if count is None or count >= len(self):
+            return self
+        return replace(self.select(some_rows(len(self), count)), sample=True)
+
+    def hold_out(self, fraction: float) -> tuple["Split", "Split"]:
+        """(the rest, `fraction` of the rows), always the same rows, no text on both sides."""
+        held = held_out_rows([texts for texts in zip(*self.texts, strict=True)], fraction)
+        return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))
+
     @property
     def label_counts(self) -> dict[str, int]:
         """How often each label occurs, by its code as a string."""
         return {str(label): self.labels.count(label) for label in sorted(set(self.labels))}
+
+
+def some_rows(total: int, count: int) -> list[int]:
+    """`count` of `total` rows, drawn once and for all, in increasing order."""
+    return sorted(random.Random(0).sample(range(total), count))
+
+
+def held_out_rows(keys: Sequence[Hashable], fraction: float) -> set[int]:
+    """About `fraction` of the rows, and every row whose key equals that of one of them."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    order = list(groups.values())
+    random.Random(0).shuffle(order)
+    held: set[int] = set()
+    for rows in order:
+        if len(held) >= fraction * len(keys):
+            break
+        held.update(rows)
+    if not 0 < len(held) < len(keys):
+        raise ValueError(
+            f"{fraction:g} of {len(keys)} rows leaves nothing to train or to tune on; give more data"
+        )
+    return held
 
 
 def get_task(name: str) -> Task:
@@ -118,11 +188,7 @@ def get_task(name: str) -> Task:
 def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
     """Read one split from `data_dir`, or from the hub where it is None, and check every label."""
     if data_dir is None:
-        table, source, sample = (
-            _read_hub(task, split),
-            f"{task.hub_dataset}/{task.hub_name or task.name}:{split}",
-            False,
-        )
+        table, source, sample = _read_hub(task, split), f"{'/'.join(task.hub_address)}:{split}", False
     else:
         path = find_split_file(task, split, Path(data_dir).expanduser())
         table, source, sample = _read_parquet(path), str(path), path.stem != split
@@ -170,7 +236,7 @@ def _read_hub(task: Task, split: str) -> "pyarrow.Table":
     import datasets
 
     try:
-        return datasets.load_dataset(task.hub_dataset, task.hub_name or task.name, split=split).data.table
+        return datasets.load_dataset(*task.hub_address, split=split).data.table
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, offline mode, or nothing cached
         raise FileNotFoundError(
             f"{task.hub_dataset} ({task.name}, {split}) is not reachable; give a local folder "

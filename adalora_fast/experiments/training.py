@@ -1,13 +1,14 @@
 """One training run, from settings to a complete folder. The loop itself is transformers' Trainer."""
 
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from safetensors.numpy import save_file
+from torch.utils.data import Sampler
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -17,20 +18,18 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from . import metrics
-from .adapters import adapt, check_budget, load_encoder, ranks_of, save_adapter
+from .adapters import adapt, check_budget, load_encoder, ranks_of, save_adapter, training_callbacks
 from .progress import TrainingProgress
+from .recorder import Recorder
 from .runs import RunFolder, RunSettings, open_run, write_json
-from .tasks import Split, Task
-
-Splits = dict[str, Split]  # "train" and every split of task.evaluation
+from .workloads import Judged, Workload
 
 
 def train_run(
     settings: RunSettings,
-    task: Task,
-    load_splits: Callable[[], Splits],
+    workload: Workload,
     output: Path,
     progress: TrainingProgress,
     *,
@@ -38,52 +37,72 @@ def train_run(
 ) -> dict[str, Any]:
     """Train, evaluate and write the folder `output`; return its result.
 
-    A folder that is already complete is not run again (`load_splits` is then not called), an interrupted one
-    resumes from its last epoch if it was `resumable`.
+    A folder that is already complete is not run again, an interrupted one resumes from its last epoch if it was
+    `resumable`.
+
+    Raises:
+        BlockingIOError: another process is at work on this folder.
     """
     folder = open_run(output, settings)
     if folder.is_complete:
         progress.finish_run(f"{settings.label}: already complete in {folder.path}")
         return folder.result
-    splits = load_splits()
+    with folder.locked():
+        return _train(settings, workload, folder, progress, resumable=resumable)
+
+
+def _train(
+    settings: RunSettings,
+    workload: Workload,
+    folder: RunFolder,
+    progress: TrainingProgress,
+    *,
+    resumable: bool,
+) -> dict[str, Any]:
+    # PEFT's own AdaLoRA loses its statistics in a checkpoint: such a run begins again.
+    resumable = resumable and settings.method != "peft"
     started = time.perf_counter()
     try:
         set_seed(settings.seed)
-        model, tokenizer = load_encoder(settings, task)
-        model = adapt(model, settings)
-        data = {
-            name: tokenize(split, tokenizer, settings.recipe.max_length) for name, split in splits.items()
-        }
+        model, tokenizer = load_encoder(settings, workload.task)
+        model = adapt(model, settings, workload.task)
+        data = workload.prepare(tokenizer, settings.recipe)
         folder.start()
         recorder = Recorder(folder, settings, progress)
-        trainer = build_trainer(model, tokenizer, data, settings, task, folder, recorder, resumable=resumable)
+        trainer = build_trainer(
+            model, tokenizer, data, settings, workload, folder, recorder, resumable=resumable
+        )
         checkpoint = last_whole_checkpoint(folder) if resumable else None
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except (ValueError, OSError):
         folder.abandon()
         raise
-    evaluated = {}
-    for split in task.evaluation:
-        values = trainer.evaluate(data[split], metric_key_prefix=f"eval_{split}")
-        evaluated[split] = {name: values[f"eval_{split}_{name}"] for name in (*task.metrics, "loss")}
-
-    if not all(np.isfinite(values["loss"]) for values in evaluated.values()):
+    judged = {}
+    for split in workload.evaluation:
+        predicted = trainer.predict(data[split], metric_key_prefix=f"eval_{split}")
+        judged[split] = trainer.judged[split]
+        if f"eval_{split}_loss" in predicted.metrics:
+            judged[split].metrics["loss"] = predicted.metrics[f"eval_{split}_loss"]
+    if not all(np.isfinite(value) for each in judged.values() for value in each.metrics.values()):
         raise ValueError(
             f"{settings.label} diverged: the evaluation loss is not finite at learning_rate "
             f"{settings.recipe.learning_rate:g}; lower it and choose another --output"
         )
     ranks = ranks_of(model, settings)
+    task = workload.task
+    described = workload.describe()
     result = {
         "task": task.name,
         "model": settings.model,
+        "arm": settings.arm,
         "method": settings.label,
         "seed": settings.seed,
-        "sample": any(split.sample for split in splits.values()),
-        "splits": {name: describe(split) for name, split in splits.items()},
+        "sample": any(split["sample"] for split in described.values()),
+        "splits": described,
         "primary_metric": task.metrics[0],
-        "primary": float(np.mean([values[task.metrics[0]] for values in evaluated.values()])),
-        "metrics": evaluated,
-        "best_epoch": recorder.best_epoch(task),
+        "primary": float(np.mean([each.metrics[task.metrics[0]] for each in judged.values()])),
+        "metrics": {split: each.metrics for split, each in judged.items()},
+        "best_epoch": recorder.best_epoch(task.metrics[0], workload.evaluation),
         "train_loss": recorder.mean_loss(),
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -95,12 +114,27 @@ def train_run(
     if trainer.is_world_process_zero():
         save_adapter(model, settings, folder.working / "adapter")
         write_json(folder.working / "ranks.json", {"init_r": settings.recipe.init_r, "ranks": ranks})
+        save_predictions(judged, folder.working)
         folder.finish(result)
     progress.finish_run(
         f"{settings.label}: {result['primary_metric']} {result['primary']:.3f}, total rank "
         f"{result['total_rank']}, {result['seconds']:.0f} s"
     )
     return result
+
+
+def save_predictions(judged: dict[str, Judged], folder: Path) -> None:
+    """predictions.safetensors with every array as `<split>/<name>`, and the answers as JSON."""
+    arrays = {
+        f"{split}/{name}": array for split, each in judged.items() for name, array in each.arrays.items()
+    }
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        folder / "predictions.safetensors",
+    )
+    for split, each in judged.items():
+        if each.answers is not None:
+            write_json(folder / f"predictions-{split}.json", each.answers)
 
 
 def last_whole_checkpoint(folder: RunFolder) -> str | None:
@@ -117,30 +151,17 @@ def last_whole_checkpoint(folder: RunFolder) -> str | None:
     return None
 
 
-def tokenize(split: Split, tokenizer: Any, max_length: int) -> Dataset:
-    """Token ids of one text or a pair of texts; padding is left to the batch."""
-    encoded = tokenizer(*split.texts, truncation=True, max_length=max_length)
-    return Dataset.from_dict({**encoded, "labels": split.labels})
-
-
-def describe(split: Split) -> dict[str, Any]:
-    """What result.json says about the data of one split."""
-    source = {"rows": len(split), "source": split.source, "sample": split.sample}
-    counts = split.label_counts
-    return source | ({"label_counts": counts} if len(counts) <= 20 else {})
-
-
 def build_trainer(
     model: Any,
     tokenizer: Any,
     data: dict[str, Dataset],
     settings: RunSettings,
-    task: Task,
+    workload: Workload,
     folder: RunFolder,
-    recorder: "Recorder",
+    recorder: Recorder,
     *,
     resumable: bool,
-) -> Trainer:
+) -> "ExperimentTrainer":
     """Trainer with dynamic padding, batches grouped by length, and none of its own output."""
     recipe = settings.recipe
     steps = int(np.ceil(len(data["train"]) / recipe.batch_size) * recipe.epochs)
@@ -154,108 +175,75 @@ def build_trainer(
         warmup_steps=recipe.warmup,
         max_grad_norm=recipe.max_grad_norm,
         lr_scheduler_type="linear",
-        train_sampling_strategy="group_by_length",
         seed=settings.seed,
-        bf16=settings.precision == "bf16",
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        torch_compile=settings.compile,
+        use_cpu=not torch.accelerator.is_available(),  # else mixed precision is refused where there is no GPU
         eval_strategy="epoch" if resumable else "no",
         save_strategy="epoch" if resumable else "no",
         save_total_limit=1,
         logging_steps=max(1, min(10, steps // 10)),
-        label_names=["labels"],
+        label_names=workload.label_names,
         report_to="none",
         disable_tqdm=True,
         log_level="error",
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    callbacks: list[TrainerCallback] = [recorder]
-    if settings.method == "adalora":
-        from adalora_fast import AdaLoraCallback
-
-        schedule = {"tinit": recipe.tinit, "tfinal": recipe.tfinal, "deltaT": recipe.deltaT}
-        callbacks.insert(0, AdaLoraCallback(**schedule))
-    trainer = Trainer(
+    callbacks: list[TrainerCallback] = [*training_callbacks(settings), recorder]
+    trainer = ExperimentTrainer(
+        workload=workload,
         model=model,
         args=arguments,
         train_dataset=data["train"],
-        eval_dataset={name: data[name] for name in task.evaluation},
+        eval_dataset={name: data[name] for name in workload.evaluation},
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=lambda outputs: _compute(task, outputs),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _compute(task: Task, outputs: EvalPrediction) -> dict[str, float]:
-    logits = outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
-    return metrics.compute(task.metrics, logits, outputs.label_ids)
+class ExperimentTrainer(Trainer):
+    """Trainer whose data order depends on the seed and the epoch alone, so that every arm sees the same batches,
+    and whose metrics come from the workload.
+    """
+
+    def __init__(self, *, workload: Workload, **options: Any) -> None:
+        self.workload = workload
+        self.judged: dict[str, Judged] = {}
+        self._split = ""
+        super().__init__(compute_metrics=self._judge, **options)
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        self._split = metric_key_prefix.removeprefix("eval_")
+        return super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+
+    def _judge(self, outputs: EvalPrediction) -> dict[str, float]:
+        judged = self.judged[self._split] = self.workload.judge(self._split, outputs.predictions)
+        return dict(judged.metrics)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return PairedOrder(
+            [len(ids) for ids in data["input_ids"]], self.args.train_batch_size, self.args.seed
+        )
 
 
-class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, one object per log step or evaluation, and moves the progress bar."""
+class PairedOrder(Sampler):
+    """Rows in batches of about equal length, in an order that the seed and the epoch decide."""
 
-    def __init__(self, folder: RunFolder, settings: RunSettings, progress: TrainingProgress) -> None:
-        self.path = folder.working / "metrics.jsonl"
-        self.settings = settings
-        self.progress = progress
-        self.evaluations: list[dict[str, Any]] = []
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # An interrupted run may have logged steps after its last checkpoint, and what follows the training.
-        kept = [line for line in self._read() if line["step"] <= state.global_step]
-        end = next((i for i, line in enumerate(kept) if "train_runtime" in line), len(kept))
-        kept = kept[:end]
-        self.evaluations = [line for line in kept if any(key.startswith("eval_") for key in line)]
-        if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.progress.start_run(self.settings.label, state.max_steps, state.global_step)
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.advance()
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        line: dict[str, Any] = {"step": state.global_step, **(logs or {})}
-        if "loss" in line:
-            self.progress.note(f"loss {float(line['loss']):.3f}")
-        if any(key.startswith("eval_") for key in line):
-            self.evaluations.append(line)
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line, default=float) + "\n")
-
-    def best_epoch(self, task: Task) -> dict[str, Any] | None:
-        """The epoch with the best primary metric (mean over splits), as papers report it; None without
-        evaluations.
-        """
-        by_step: dict[int, dict[str, Any]] = {}
-        for line in self.evaluations:
-            by_step.setdefault(line["step"], {}).update(line)
-        keys = [f"eval_{split}_{task.metrics[0]}" for split in task.evaluation]
-        values = [(float(np.mean([line[key] for key in keys])), line["epoch"]) for line in by_step.values()]
-        if not values:
-            return None
-        primary, epoch = max(values, key=lambda pair: pair[0])
-        return {"epoch": epoch, "primary": primary}
-
-    def mean_loss(self) -> float:
-        """Mean training loss over the logged steps of the whole run, interrupted or not."""
-        total = steps = 0.0
-        for line in self._read():
-            if "loss" in line:
-                total += line["loss"] * (line["step"] - steps)
-                steps = line["step"]
-        return total / steps if steps else float("nan")
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The lines so far, up to one that was cut off."""
-        lines: list[dict[str, Any]] = []
-        if self.path.is_file():
-            for text in self.path.read_text().splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    break
-        return lines
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))

@@ -1,4 +1,4 @@
-"""Finding a model: the packaged one and its hash, local folders; the names of the six matrices."""
+"""Finding a model: the packaged one and its hash, local folders; the names of matrices and heads."""
 
 import importlib.util
 import shutil
@@ -9,6 +9,7 @@ from adalora_fast.experiments import models
 from adalora_fast.experiments.models import (
     FAMILIES,
     family_of,
+    head_modules,
     locate_matrix,
     model_type_of,
     packaged_minilm,
@@ -17,6 +18,7 @@ from adalora_fast.experiments.models import (
 )
 
 SIX = ["query", "key", "value", "attention output", "intermediate", "output"]
+FUSED = ["query key value", "attention output", "intermediate", "output"]
 installed = pytest.mark.skipif(
     importlib.util.find_spec(models.MINILM_PACKAGE) is None,
     reason=f"{models.MINILM_PACKAGE} is not installed",
@@ -108,10 +110,17 @@ def test_a_name_on_the_hub_is_left_alone():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_has_the_same_six_matrices(name):
-    assert list(family_of(name).matrices) == SIX
-    assert len(set(target_modules(name))) == 6
+def test_the_matrices_of_every_family(name):
+    assert list(family_of(name).matrices) == (FUSED if name == "modernbert" else SIX)
+    assert len(set(target_modules(name))) == len(family_of(name).matrices)
     assert "classifier" in family_of(name).head
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "question_answering"])
+def test_heads(kind):
+    answers = kind == "question_answering"
+    assert head_modules("deberta-v2", kind) == (["qa_outputs"] if answers else ["pooler", "classifier"])
+    assert head_modules("modernbert", kind) == ["head", "classifier"]
 
 
 def test_an_unknown_family():
@@ -129,7 +138,13 @@ def test_an_unknown_family():
         ("bert.encoder.layer.0.output.dense", (0, "output")),
         ("deberta.encoder.layer.7.attention.self.value_proj", (7, "value")),
         ("distilbert.transformer.layer.5.ffn.lin1", (5, "intermediate")),
+        ("model.layers.21.attn.Wqkv", (21, "query key value")),
+        ("model.layers.0.attn.Wo", (0, "attention output")),
+        ("model.layers.0.mlp.Wo", (0, "output")),
+        ("model.layers.0.mlp.Wi", (0, "intermediate")),
+        ("model.layers.0.Wo", None),
         ("bert.pooler.dense", None),
+        ("roberta.encoder.layer.1.output.dense.lora_A", None),
         ("classifier", None),
         ("roberta.encoder.layer.1.attention.self", None),
         ("bert.encoder.layer.1.crossattention.self.query", None),
@@ -137,3 +152,10 @@ def test_an_unknown_family():
 )
 def test_locating_a_matrix(name, place):
     assert locate_matrix(name) == place
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"bert"', "\xff"])
+def test_a_configuration_without_a_type(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json names no model_type; give a folder that save_"):
+        model_type_of(str(tmp_path))

@@ -1,6 +1,7 @@
 """A tiny encoder and a tiny task, made on the spot; some words decide the label."""
 
 import io
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,21 @@ def encoder_config(model_type: str) -> Any:
         sizes |= {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
         sizes |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
         sizes |= {"type_vocab_size": 0}
+    if model_type == "modernbert":  # its own places of special tokens are beyond this vocabulary
+        sizes |= {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+        sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2}
     return AutoConfig.for_model(model_type, **sizes)
+
+
+def changed_encoder(folder: Path, target: Path, **values: Any) -> Path:
+    """A copy of `folder` whose config.json has other values; None removes one."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | values
+    config = {key: value for key, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
 
 
 def sentences(count: int, seed: int) -> tuple[list[str], list[int]]:

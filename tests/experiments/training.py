@@ -6,7 +6,7 @@ from typing import Any
 
 from adalora_fast.experiments.progress import TrainingProgress
 from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.tasks import TASKS, load_split
+from adalora_fast.experiments.tasks import TASKS
 from tests.experiments.tiny import RECIPE, quiet_console
 
 TASK = TASKS["sst2"]
@@ -35,19 +35,10 @@ def train(
 ) -> dict[str, Any]:
     """One run of `train_run` on the task of `run`."""
     from adalora_fast.experiments.training import train_run
+    from adalora_fast.experiments.workloads import load_workload
 
-    task = TASKS[run.task]
     with progress or TrainingProgress(console=quiet_console()) as progress:
-        return train_run(
-            run,
-            task,
-            lambda: {
-                name: load_split(task, name, Path(run.data_dir)) for name in ("train", *task.evaluation)
-            },
-            output,
-            progress,
-            **options,
-        )
+        return train_run(run, load_workload(run), output, progress, **options)
 
 
 def strict_json(text: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .runs import read_json
+from ..runs import read_json
 
 COLUMNS = {
     "task",

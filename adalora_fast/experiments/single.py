@@ -1,21 +1,19 @@
-"""One training run on a GLUE task: from what the user asked for to a folder, with every mistake found
-before training.
-"""
+"""One training run: from what the user asked for to a folder, with every mistake found before training."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from .arms import register_nulls
 from .models import resolve_model
 from .progress import TrainingProgress
 from .recipes import load_recipe, recipe_for
-from .report import results_table
-from .runs import RunSettings, open_run
-from .tasks import Split, Task, get_task, load_split
+from .runs import RunSettings, is_main_process, open_run
+from .tasks import get_task
 
 
-def run_glue(
+def run_single(
     *,
     task_name: str,
     model: str,
@@ -30,23 +28,26 @@ def run_glue(
     settings.
     """
     task = get_task(task_name)
-    model = str(Path(model).absolute()) if Path(model).is_dir() else model
     settings = RunSettings(
         task=task.name,
-        model=model,
+        model=whole_path(model),
         data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
-        recipe=load_recipe(recipe or recipe_for(model), task.name, **overrides),
+        recipe=load_recipe(recipe or recipe_for(model, task.name), task.name, **overrides),
         **options,
     )
     check_score(settings)
+    if not is_main_process():
+        console = Console(quiet=True)
     folder = open_run(default_output(settings) if output is None else output, settings)
-    if not folder.is_complete:
-        resolve_model(model)
-        splits = load_splits(task, data_dir)
-    from .training import train_run
-
     with TrainingProgress(console=console) as progress:
-        result = train_run(settings, task, lambda: splits, folder.path, progress)
+        if folder.is_complete:
+            progress.finish_run(f"{settings.label}: already complete in {folder.path}")
+            result = folder.result
+        else:
+            resolve_model(model)
+            result = start_run(settings, folder.path, progress)
+    from .report.runs_table import results_table
+
     console.print(results_table([result], title=f"{task.name}, {model}"))
     for split, values in result["metrics"].items():
         console.print(
@@ -56,11 +57,26 @@ def run_glue(
     return result
 
 
+def start_run(settings: RunSettings, output: Path, progress: TrainingProgress) -> dict[str, Any]:
+    """Read the data of these settings and train."""
+    from .training import train_run
+    from .workloads import load_workload
+
+    return train_run(settings, load_workload(settings), output, progress)
+
+
+def whole_path(model: str) -> str:
+    """A local folder's whole path, so that a run means the same from everywhere; names stay names."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
 def check_score(settings: RunSettings) -> None:
     """ValueError where the score or its smoothing does not exist."""
     if settings.method != "adalora":
         return
     from adalora_fast.scores import get_score, resolve_smoothing
+
+    register_nulls()
 
     resolve_smoothing(get_score(settings.score), settings.smoothing)
 
@@ -68,7 +84,3 @@ def check_score(settings: RunSettings) -> None:
 def default_output(settings: RunSettings) -> Path:
     """runs/<task>/<model>-<method>-seed<seed>"""
     return Path("runs") / settings.task / f"{Path(settings.model).name}-{settings.label}-seed{settings.seed}"
-
-
-def load_splits(task: Task, data_dir: Path | None) -> dict[str, Split]:
-    return {name: load_split(task, name, data_dir) for name in ("train", *task.evaluation)}

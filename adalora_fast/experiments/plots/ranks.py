@@ -1,30 +1,19 @@
-"""Pictures made from result files: PNG and SVG, readable by colour-blind people, looked at before they
-are shown.
-"""
+"""Heat-maps of final ranks, layer by adapted matrix."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .models import locate_matrix
-from .runs import read_json
+from ..models import locate_matrix
+from ..runs import read_json
+from .style import COLOURS, save, styled
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "figure.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "adalora_fast",  # the same picture gives the same file
-}
-COLOURS = "cividis"  # the same order in grey and for every kind of colour vision
 
-
-def rank_grid(ranks: dict[str, int]) -> tuple["np.ndarray", list[int], list[str]]:
+def rank_grid(ranks: Mapping[str, float]) -> tuple["np.ndarray", list[int], list[str]]:
     """Ranks as [layers, matrices], and what the rows and columns are; NaN where a matrix is not adapted."""
     import numpy as np
 
@@ -55,24 +44,20 @@ def on_common_grid(
 
 def plot_ranks(folders: list[Path], stem: Path, *, title: str) -> list[Path]:
     """One panel of final ranks per run folder, written to `stem`.png and `stem`.svg."""
-    from matplotlib import rc_context
-
     panels = []
     for folder in folders:
         result, saved = read_json(folder / "result.json"), read_json(folder / "ranks.json")
         panels.append(
             (f"{result['method']}: {result['primary_metric']} {result['primary']:.3f}", saved["ranks"])
         )
-    with rc_context(STYLE):
-        figure = rank_figure(panels, init_r=saved["init_r"], title=title)
-        files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-        for file in files:
-            figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+    with styled():
+        return save(rank_figure(panels, init_r=saved["init_r"], title=title), stem)
 
 
-def rank_figure(panels: list[tuple[str, dict[str, int]]], *, init_r: int, title: str) -> "Figure":
-    """Heat-maps with a common colour scale, each cell with its rank in it."""
+def rank_figure(panels: Sequence[tuple[str, Mapping[str, float]]], *, init_r: int, title: str) -> "Figure":
+    """Heat-maps with a common colour scale, each cell with its rank in it: with a decimal where the ranks
+    of a panel are means.
+    """
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -89,10 +74,11 @@ def rank_figure(panels: list[tuple[str, dict[str, int]]], *, init_r: int, title:
         grid = on_common_grid(own, layers, matrices)
         image = axis.imshow(grid, vmin=0, vmax=init_r, cmap=COLOURS, aspect="auto")
         axis.set_title(label)
+        digits = int((grid != np.round(grid))[~np.isnan(grid)].any())
         for row, column in np.argwhere(~np.isnan(grid)):
             value = grid[row, column]
             colour = "black" if value > init_r / 2 else "white"
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+            axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)
         axis.set_xticks(range(len(matrices)), [name.replace(" ", "\n") for name in matrices], rotation=40)
         axis.set_yticks(range(len(layers)), layers)
         lowest, leftmost = number + columns >= len(panels), number % columns == 0
@@ -102,5 +88,7 @@ def rank_figure(panels: list[tuple[str, dict[str, int]]], *, init_r: int, title:
         axis.spines[:].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.colorbar(image, ax=axes, label=f"final rank (triplets kept of {init_r})", shrink=0.8)
+    figure.colorbar(
+        image, ax=axes, label=f"final rank (triplets kept of {init_r})", shrink=0.8, aspect=max(20, 14 * rows)
+    )
     return figure

@@ -1,0 +1,78 @@
+"""The arms of an experiment: every way to train, under the short name that recipes and tables use.
+
+sensitivity, movement, fisher, gsnr, magnitude   AdaLoRA with this score; "+ema", "+sum", "+none" or
+                                                 "+ema_uncertainty" for another smoothing, "+task" to score
+                                                 the gradient without the orthogonality term
+uniform, random                                  the nulls: the same start and schedule, but the triplets to
+                                                 keep are settled beforehand, equally many per matrix or by lot
+peft                                             PEFT's own AdaLoRA
+lora, full, head                                 plain LoRA at the final rank, every weight, the head alone
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora_fast.ops.importance import SMOOTHINGS
+from adalora_fast.scores import get_score, register_score, resolve_smoothing, score_names
+
+OTHER_METHODS = ("peft", "lora", "full", "head")
+NULLS = ("uniform", "random")
+
+
+def parse_arm(arm: str) -> dict[str, Any]:
+    """Method, score, smoothing and score_gradient of RunSettings for the arm of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name, *extras = arm.split("+")
+    if name in OTHER_METHODS and not extras:
+        return {"method": name}
+    register_nulls()
+    if name not in score_names():
+        raise ValueError(
+            f"unknown arm {arm!r}; choose one of {', '.join((*score_names(), *OTHER_METHODS))}, a score also with "
+            "+<smoothing> or +task"
+        )
+    asked: dict[str, Any] = {"method": "adalora", "score": name}
+    for extra in extras:
+        if extra == "task" and "score_gradient" not in asked:
+            asked["score_gradient"] = "task"
+        elif extra in SMOOTHINGS and "smoothing" not in asked:
+            asked["smoothing"] = resolve_smoothing(get_score(name), extra)
+        else:
+            raise ValueError(
+                f"unknown part {extra!r} of the arm {arm!r}; choose {', '.join(SMOOTHINGS)} or task"
+            )
+    return asked
+
+
+def register_nulls() -> None:
+    """Make `uniform` and `random` known as scores."""
+    known = score_names()
+    if "uniform" not in known:
+        register_score("uniform", uniform, source="the same rank in every matrix, in SVD form")
+    if "random" not in known:
+        register_score("random", by_lot, source="triplets kept by lot")
+
+
+def uniform(w: Tensor, g: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """I = −i for λ_i, 0 for P and Q: whatever the budget, ranks differ by one at most, and the masks only grow.
+
+    w is [matrices, r, 1] for λ.
+    """
+    if w.shape[-1] != 1:
+        return torch.zeros_like(w)
+    return -torch.arange(w.shape[1], dtype=w.dtype, device=w.device).view(1, -1, 1).expand(w.shape)
+
+
+def by_lot(w: Tensor, g: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """I = a number in [0, 1) for λ_i, drawn once from the run's seed, 0 for P and Q."""
+    if w.shape[-1] != 1:
+        return torch.zeros_like(w)
+    if "lot" not in state:
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        state["lot"] = torch.rand(w.shape, generator=generator).to(w.device)
+    return state["lot"].to(w.dtype)

@@ -1,0 +1,325 @@
+"""Loading an encoder with the head of a task, and its tokenizer: by `transformers`, quietly, and checked."""
+
+import copy
+import importlib.util
+import os
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from .models import Family, Kind, family_of, head_modules, model_type_of, resolve_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+
+
+def load_model(
+    name: str,
+    *,
+    kind: Kind,
+    labels: tuple[str, ...] = (),
+    classifier_dropout: float | None = None,
+    dropout: float | None = None,
+    dtype: str = "float32",
+    attention: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """The encoder `name` (`minilm`, a local folder, a name on the hub) with a head for `kind`, and its
+    tokenizer.
+
+    What the checkpoint has of the head is kept where its size fits; a head of another size starts at random,
+    with a warning. Every tensor of the encoder must be in the checkpoint. A local folder is read without a
+    network.
+
+    `labels`: names of the classes in the order of their codes, for a classification. `classifier_dropout`
+    is applied before the classifier, `dropout` to the encoder's hidden states and attention; None leaves the
+    model's own. `dtype` is the encoder's, float32, bfloat16 or float16, whatever the checkpoint is stored in;
+    the head is float32 in any case, and casts what the encoder gives it. `attention`: eager, sdpa or
+    flash_attention_2; None is the model's default.
+
+    Raises FileNotFoundError where a file or the hub is missing, and ValueError for a model without this kind
+    of head, weights that are not those of the configuration, a tokenizer that does not fit, and options that
+    the model does not have.
+    """
+    _check_options(kind, labels, dtype, attention)
+    path = resolve_model(name)
+    if Path(path).is_dir():
+        family_of(model_type_of(path))
+    with _quiet():
+        config = _configuration(name, path, kind, labels)
+        family = family_of(config.model_type)
+        _set_dropout(config, family, kind, classifier_dropout, dropout)
+        _check_head_and_attention(name, config, kind, attention)
+        model, report = _load(name, path, config, kind, attention)
+        tokenizer = _load_tokenizer(name, path)
+    head = head_modules(config.model_type, kind)
+    _check_weights(name, head, report)
+    _check_tokenizer(name, tokenizer, config.vocab_size, kind)
+    if dtype != "float32":
+        cast_encoder(model, head, DTYPES[dtype])
+    return model, tokenizer
+
+
+def cast_encoder(model: nn.Module, head: list[str], dtype: torch.dtype) -> None:
+    """In place: every parameter outside of the `head` modules to `dtype`; the head stays as it is and takes
+    what it is given as its own dtype.
+    """
+    for name, parameter in model.named_parameters():
+        if not _is_of_head(name, head):
+            parameter.data = parameter.data.to(dtype)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in head:
+            module.register_forward_pre_hook(_as_own_dtype, with_kwargs=True)
+
+
+def _as_own_dtype(module: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    # PEFT copies a module of modules_to_save together with this hook: the dtype is that of the copy.
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, inputs)), {key: cast(value) for key, value in keywords.items()}
+
+
+def _is_of_head(name: str, head: list[str]) -> bool:
+    return not set(head).isdisjoint(name.split("."))
+
+
+def _check_options(kind: str, labels: tuple[str, ...], dtype: str, attention: str | None) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
+    if kind == "classification" and len(labels) < 2:
+        raise ValueError(f"a classification into {labels!r} needs at least two labels; name them")
+    if kind != "classification" and labels:
+        raise ValueError(f"{kind} has no classes, but labels are {labels!r}; leave them out")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if attention is not None and attention not in ATTENTIONS:
+        raise ValueError(f"unknown attention {attention!r}; choose one of {', '.join(ATTENTIONS)}")
+
+
+def _auto_class(kind: Kind) -> Any:
+    from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+    return (
+        AutoModelForQuestionAnswering if kind == "question_answering" else AutoModelForSequenceClassification
+    )
+
+
+def _configuration(name: str, path: str, kind: Kind, labels: tuple[str, ...]) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    head: dict[str, Any] = {"problem_type": None, "num_labels": 2}  # a start and an end
+    if kind == "regression":
+        head = {"problem_type": "regression", "num_labels": 1}
+    if kind == "classification":
+        head = {"problem_type": "single_label_classification", "num_labels": len(labels)}
+        head["id2label"] = dict(enumerate(labels))
+        head["label2id"] = {label: code for code, label in enumerate(labels)}
+    try:
+        return AutoConfig.from_pretrained(path, **_where(path), **head)
+    except OSError as error:
+        raise _unreachable(name) from error
+    except (*_UNREADABLE, StrictDataclassError) as error:
+        raise ValueError(
+            f"the configuration of model {name!r} cannot be read ({_in_one_line(error)}); give another model"
+        ) from error
+
+
+def _where(path: str) -> dict[str, Any]:
+    return {"local_files_only": Path(path).is_dir(), "trust_remote_code": False}
+
+
+def _unreachable(name: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the model {name!r} is not reachable; give --model minilm or the path of a local folder"
+    )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
+
+
+def _set_dropout(
+    config: Any, family: Family, kind: Kind, classifier_dropout: float | None, dropout: float | None
+) -> None:
+    """Write both into `config`, each without a change of the other."""
+    for option, value in (("classifier_dropout", classifier_dropout), ("dropout", dropout)):
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{option} is {value}; it must be between 0 and 1")
+    before_head = family.classifier_dropout
+    if kind == "question_answering":
+        before_head = family.question_answering_dropout
+        if classifier_dropout is not None and before_head is None:
+            raise ValueError(
+                f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout "
+                "before its question answering head; leave it out"
+            )
+    if before_head is not None:
+        if classifier_dropout is not None:
+            setattr(config, before_head, classifier_dropout)
+        elif getattr(config, before_head, None) is None:  # it then follows the encoder's dropout
+            setattr(config, before_head, config.hidden_dropout_prob)
+    if dropout is not None:
+        for field in family.dropout:
+            setattr(config, field, dropout)
+
+
+def _check_head_and_attention(name: str, config: Any, kind: Kind, attention: str | None) -> None:
+    """ValueError where transformers has no such head for this type, or the model not this attention."""
+    auto_class = _auto_class(kind)
+
+    def build(attention: str | None) -> None:
+        with torch.device("meta"):  # no memory and no initial values
+            auto_class.from_config(copy.deepcopy(config), attn_implementation=attention)
+
+    try:
+        build(None)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"model {name!r} of type {config.model_type!r} cannot have a head for {kind} "
+            f"({_in_one_line(error)}); give another model"
+        ) from error
+    if attention is None:
+        return
+    try:
+        build(attention)
+    except _UNREADABLE as error:
+        possible = []
+        for other in ATTENTIONS:
+            try:
+                build(other)
+                possible.append(other)
+            except _UNREADABLE:
+                pass
+        raise ValueError(
+            f"model {name!r} of type {config.model_type!r} cannot use attention {attention!r} here; "
+            f"choose {' or '.join(possible)}"
+        ) from error
+
+
+def _load(name: str, path: str, config: Any, kind: Kind, attention: str | None) -> tuple[nn.Module, Any]:
+    """The model in float32 and what `from_pretrained` reports of its tensors."""
+    from safetensors import SafetensorError
+
+    options = {"config": config, "dtype": torch.float32, "attn_implementation": attention}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # judged in _check_weights
+    try:
+        return _auto_class(kind).from_pretrained(path, **options, **_where(path))
+    except OSError as error:
+        if Path(path).is_dir():
+            raise FileNotFoundError(
+                f"no readable weights in {path}; give a folder with a model.safetensors"
+            ) from error
+        raise _unreachable(name) from error
+    except (*_UNREADABLE, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of model {name!r} cannot be read ({_in_one_line(error)}); copy them again"
+        ) from error
+
+
+def _check_weights(name: str, head: list[str], report: dict[str, Any]) -> None:
+    """ValueError where the encoder would not be the checkpoint's; a warning where a head is not used."""
+    missing = sorted(key for key in report["missing_keys"] if not _is_of_head(key, head))
+    if missing:
+        raise ValueError(
+            f"the checkpoint of model {name!r} lacks {len(missing)} tensors of the encoder, one of them "
+            f"{missing[0]}; give a checkpoint of its config.json"
+        )
+    other_size = sorted(report["mismatched_keys"])
+    for key, stored, built in other_size:
+        if not _is_of_head(key, head):
+            raise ValueError(
+                f"{key} of model {name!r} is {list(stored)} in the checkpoint and {list(built)} by its "
+                "config.json; give a checkpoint of that configuration"
+            )
+    if other_size:
+        modules = sorted({key.rpartition(".")[0] for key, *_ in other_size})
+        warnings.warn(
+            f"the checkpoint of model {name!r} has a head of another size; at random starts: "
+            f"{', '.join(modules)}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _load_tokenizer(name: str, path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **_where(path))
+    except OSError as error:
+        if Path(path).is_dir():
+            raise FileNotFoundError(
+                f"no readable tokenizer in {path}; save the model's tokenizer there too"
+            ) from error
+        raise _unreachable(name) from error
+    except Exception as error:  # `tokenizers` raises nothing more special
+        folder = Path(path)
+        needed = any(folder.glob("*.model")) if folder.is_dir() else "sentencepiece" in str(error).lower()
+        if needed and not all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
+            # transformers asks for tiktoken, which does not help
+            raise ValueError(
+                f"the tokenizer of model {name!r} cannot be read without sentencepiece and protobuf; install "
+                "them with: pip install 'adalora_fast[experiments]'"
+            ) from error
+        raise ValueError(
+            f"the tokenizer of model {name!r} cannot be read ({_in_one_line(error)}); copy its files again"
+        ) from error
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False
+
+
+def _check_tokenizer(name: str, tokenizer: Any, vocab_size: int, kind: Kind) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):  # made up where there is no vocabulary file
+        raise ValueError(f"model {name!r} comes without a vocabulary; save its tokenizer beside it")
+    highest = max(vocabulary.values())
+    if highest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer of model {name!r} has the token id {highest}, the model only {vocab_size} "
+            "embeddings; give a model with its own tokenizer"
+        )
+    if kind == "question_answering" and not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of model {name!r} does not say where in the text a token is, as question "
+            "answering needs it; save a fast tokenizer beside it"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars, reports and advice from libraries, and no conversion of a checkpoint on the hub."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    conversion = os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if conversion is None:
+            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        else:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion

@@ -1,0 +1,130 @@
+"""What is written down while a run trains: losses and evaluations, and where the rank budget goes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from .progress import TrainingProgress
+from .runs import RunFolder, RunSettings
+
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl (a line per log step or evaluation) and, where ranks are allocated, allocation.jsonl
+    (budget, ranks and spread of the importance scores per log step), and moves the progress bar.
+    """
+
+    def __init__(self, folder: RunFolder, settings: RunSettings, progress: TrainingProgress) -> None:
+        self.path = folder.working / "metrics.jsonl"
+        self.allocation = folder.working / "allocation.jsonl"
+        self.settings = settings
+        self.progress = progress
+        self.evaluations: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # An interrupted run may have logged steps after its last checkpoint, and what follows the training.
+        kept = [line for line in read_lines(self.path) if line["step"] <= state.global_step]
+        end = next((i for i, line in enumerate(kept) if "train_runtime" in line), len(kept))
+        kept = kept[:end]
+        self.evaluations = [line for line in kept if any(key.startswith("eval_") for key in line)]
+        if state.is_world_process_zero:
+            write_lines(self.path, kept)
+            if self.allocation.is_file():
+                before = [line for line in read_lines(self.allocation) if line["step"] <= state.global_step]
+                write_lines(self.allocation, before)
+        self.progress.start_run(self.settings.label, state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.advance()
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        line: dict[str, Any] = {"step": state.global_step, **(logs or {})}
+        if "loss" in line:
+            self.progress.note(f"loss {float(line['loss']):.3f}")
+        if any(key.startswith("eval_") for key in line):
+            self.evaluations.append(line)
+        if state.is_world_process_zero:
+            append_line(self.path, line)
+            if "loss" in line and self.settings.method == "adalora":
+                append_line(self.allocation, {"step": state.global_step, **allocation_now(model)})
+
+    def best_epoch(self, metric: str, evaluation: tuple[str, ...]) -> dict[str, Any] | None:
+        """The epoch with the best primary metric (mean over splits), as papers report it; None without
+        evaluations.
+        """
+        by_step: dict[int, dict[str, Any]] = {}
+        for line in self.evaluations:
+            by_step.setdefault(line["step"], {}).update(line)
+        keys = [f"eval_{split}_{metric}" for split in evaluation]
+        values = [
+            (float(np.mean([line[key] for key in keys])), line["epoch"])
+            for line in by_step.values()
+            if all(key in line for key in keys)
+        ]
+        if not values:
+            return None
+        primary, epoch = max(values, key=lambda pair: pair[0])
+        return {"epoch": epoch, "primary": primary}
+
+    def mean_loss(self) -> float:
+        """Mean training loss over the logged steps of the whole run, interrupted or not."""
+        total = steps = 0.0
+        for line in read_lines(self.path):
+            if "loss" in line:
+                total += line["loss"] * (line["step"] - steps)
+                steps = line["step"]
+        return total / steps if steps else float("nan")
+
+
+def allocation_now(model: Any) -> dict[str, Any]:
+    """Budget, rank of every matrix, and the spread of the importance scores at the last mask."""
+    from adalora_fast.integrations.trainer import unwrap
+
+    allocator = unwrap(model).base_model.rankallocator
+    pattern = allocator.rank_pattern()
+    line = {
+        "budget": allocator.budget,
+        "ranks": [sum(kept) for kept in pattern.values()],
+        "scores": None,
+    }
+    scores = allocator.scores()
+    if scores is not None:
+        values = scores.double().cpu().numpy()
+        kept = np.array([keep for triplets in pattern.values() for keep in triplets])
+        if np.isfinite(values).all() and len(kept) == len(values) and kept.any():
+            line["scores"] = {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
+            line["scores"]["lowest_kept"] = float(values[kept].min())
+    return line
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line, default=float) + "\n")
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, up to one that was cut off; none where there is no file."""
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines

@@ -1,0 +1,112 @@
+"""Which pictures a sweep's report has, and the numbers behind them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..plots.agreement import agreement_figure
+from ..plots.contrasts import contrasts_figure
+from ..plots.curves import curves_figure
+from ..plots.ranks import rank_figure
+from ..plots.style import arm_styles, save, styled
+from .contrasts import AVERAGE, Contrasts
+from .logs import ArmCurves, arm_curves
+from .rank_maps import agreement, rank_maps, varies
+from .sweep import NULLS, Sweep
+from .tables import task_heading, task_name
+
+Figures = dict[str, Sequence[tuple[str, str]]]
+
+
+def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figures, list[str]]:
+    """Write every picture that there are numbers for into `folder`, as PNG and SVG.
+
+    Returns:
+        ((file name, what it shows) by section; a line for every picture that could not be drawn).
+    """
+    figures: dict[str, list[tuple[str, str]]] = {
+        name: [] for name in ("contrasts", "curves", "ranks", "agreement")
+    }
+    remarks: list[str] = []
+
+    def keep(section: str, name: str, figure: object, words: str) -> None:
+        save(figure, folder / name)
+        figures[section].append((f"{name}.png", words))
+
+    with styled():
+        panels = forest_panels(sweep, contrasts)
+        if panels:
+            words = f"Differences from {sweep.plan.baseline} in points, with 95 % intervals"
+            figure = contrasts_figure(panels, baseline=sweep.plan.baseline, margin=sweep.plan.margin)
+            keep("contrasts", "contrasts", figure, words)
+        for task in sweep.plan.tasks:
+            curves = {
+                a: arm_curves(list(sweep.of(task, a).values())) for a in sweep.plan.arms if sweep.of(task, a)
+            }
+            if any(curve.budget is not None or curve.metric is not None for curve in curves.values()):
+                figure = curves_figure(
+                    {arm: without_scores(own) if arm in NULLS else own for arm, own in curves.items()},
+                    styles=arm_styles(sweep.plan.arms),
+                    heading=task_heading(sweep, task),
+                )
+                keep(
+                    "curves",
+                    f"curves-{task}",
+                    figure,
+                    f"{task_name(task)}: budget, metric and scores by step",
+                )
+            try:
+                maps = mean_ranks(sweep, task)
+                if maps:
+                    init_r = max(run.init_r for run in sweep.task_runs(task))
+                    title = f"{task_name(task)}: where each arm keeps rank (mean over seeds)"
+                    figure = rank_figure(maps, init_r=init_r, title=title)
+                    keep("ranks", f"ranks-{task}", figure, title)
+            except ValueError as error:
+                if "nothing to draw" not in str(error):
+                    raise
+                remarks.append(f"{task_name(task)}: no picture of the ranks ({error})")
+        tables = {task_name(task): agreement(sweep, task) for task in sweep.plan.tasks}
+        tables = {name: (arms, table) for name, (arms, table) in tables.items() if len(arms) > 1}
+        if tables:
+            words = "Spearman's correlation between the arms' mean rank maps"
+            keep("agreement", "agreement", agreement_figure(tables), words)
+    return figures, remarks
+
+
+def without_scores(curves: ArmCurves) -> ArmCurves:
+    """Of a null arm, whose "importance" is settled beforehand and says nothing."""
+    return dataclasses.replace(curves, scores={})
+
+
+def mean_ranks(sweep: Sweep, task: str) -> list[tuple[str, dict[str, float]]]:
+    """(arm with its number of seeds, mean rank of every matrix) of the arms whose ranks vary."""
+    found = []
+    for arm in sweep.plan.arms:
+        maps = rank_maps(sweep, task, arm)
+        if varies(maps):
+            names = next(run.ranks for run in sweep.task_runs(task) if run.ranks)
+            seeds = f"{len(maps)} seed{'s' if len(maps) > 1 else ''}"
+            found.append((f"{arm} ({seeds})", dict(zip(names, np.mean(maps, axis=0).tolist(), strict=True))))
+    return found
+
+
+def forest_panels(
+    sweep: Sweep, contrasts: Contrasts
+) -> list[tuple[str, list[tuple[str, float, float, float]]]]:
+    """(task, [(arm, difference from the baseline, low, high)]); NaN for an arm without a contrast."""
+    baseline, panels = sweep.plan.baseline, []
+    others = [arm for arm in sweep.plan.arms if arm != baseline]
+    for task in (*sweep.plan.tasks, AVERAGE):
+        rows = []
+        for arm in others:
+            contrast = contrasts.between(task, arm, baseline)
+            e = contrast.estimate if contrast else None
+            rows.append((arm, e.value, e.low, e.high) if e else (arm, math.nan, math.nan, math.nan))
+        if any(not math.isnan(row[1]) for row in rows):
+            heading = "average over tasks" if task == AVERAGE else task_heading(sweep, task)
+            panels.append((heading, rows))
+    return panels

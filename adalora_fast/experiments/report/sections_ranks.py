@@ -1,0 +1,66 @@
+"""The report's tables of final rank maps: stability over seeds, agreement between arms."""
+
+import numpy as np
+
+from .rank_maps import agreement, rank_maps, stability, varies
+from .sweep import Sweep
+from .tables import markdown, task_name
+
+
+def rank_stability(sweep: Sweep) -> str:
+    """Per task and arm whose ranks vary: mean pairwise Spearman and overlap between seeds."""
+    rows, single = [], False
+    for task in sweep.plan.tasks:
+        for arm in sweep.plan.arms:
+            maps = rank_maps(sweep, task, arm)
+            if not varies(maps):
+                continue
+            found = stability(maps)
+            if found is None:
+                single = True
+                continue
+            correlation = "–" if found.spearman is None else f"{found.spearman:.2f}"
+            rows.append(
+                (
+                    task_name(task),
+                    arm,
+                    found.seeds,
+                    correlation,
+                    f"{found.overlap:.3f}",
+                    f"{found.chance:.3f}",
+                )
+            )
+    if not rows:
+        return "No arm has rank maps of two seeds that could be compared."
+    head = ("task", "arm", "seeds", "Spearman", "overlap", "overlap by chance")
+    text = (
+        "Means over all pairs of seeds of one arm. *Spearman*: correlation of the final ranks over the "
+        "adapted matrices. *Overlap*: the part of the rank that both maps put in the same matrices "
+        "(Σ min ÷ mean Σ); "
+        "*by chance*: what is expected of it where one map's ranks are shuffled over the matrices."
+    )
+    if single:
+        text += " Arms with one complete seed are left out."
+    return f"{markdown(head, rows, left=2)}\n\n{text}"
+
+
+def rank_agreement(sweep: Sweep) -> str:
+    """Per task: Spearman's correlation between the arms' mean rank maps."""
+    parts = []
+    for task in sweep.plan.tasks:
+        arms, table = agreement(sweep, task)
+        if len(arms) > 1:
+            rows = [
+                (a, *(_correlation(value) for value in line)) for a, line in zip(arms, table, strict=True)
+            ]
+            parts.append(f"{task_name(task)}:\n\n{markdown(('', *arms), rows)}")
+    if not parts:
+        return "Fewer than two arms have ranks that vary."
+    head = (
+        "Spearman's correlation between the arms' final ranks, averaged over seeds before they are compared."
+    )
+    return "\n\n".join([head, *parts])
+
+
+def _correlation(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"

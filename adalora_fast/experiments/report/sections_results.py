@@ -1,0 +1,293 @@
+"""The report's tables of results: end of training, best checkpoint, published numbers, contrasts."""
+
+from collections import Counter
+
+from .cells import (
+    averages,
+    checkpoint_cell,
+    column_values,
+    metric_cell,
+    metric_names,
+    primary_cell,
+)
+from .contrasts import AVERAGE, Contrast, Contrasts
+from .published import CONVENTIONS, PublishedTable, published_tables
+from .statistics import DIFFERS
+from .sweep import NULLS, Sweep
+from .tables import average_heading, is_sole_best, markdown, task_heading, task_name, winners
+
+PUBLISHED_MODEL = "deberta-v3-base"
+FOLDED = 12  # rows from which a table is folded away
+
+
+def results(sweep: Sweep, contrasts: Contrasts) -> str:
+    """Arm × task at the end of training; who is best, or that it is a tie; every metric; GLUE averages."""
+    best, tasks = winners(sweep, contrasts), sweep.plan.tasks
+    several = len(tasks) > 1
+    head = ["arm", *(task_heading(sweep, task) for task in tasks)]
+    head += [average_heading(sweep)] if several else []
+    rows = []
+    for arm in sweep.plan.arms:
+        cells = {task: primary_cell(sweep, task, arm) for task in tasks}
+        if several:
+            cells[AVERAGE] = averages(sweep, arm).here
+        rows.append([
+            arm,
+            *(f"**{c.text()}**" if is_sole_best(best[t], arm, sweep) else c.text() for t, c in cells.items()),
+        ])  # fmt: skip
+    note = (
+        f"At the end of training, in points: mean ± standard deviation (n − 1) over {len(sweep.plan.seeds)} "
+        "seed(s). Bold: the 95 % interval of the lead over the second arm excludes 0 (not corrected for the "
+        "number of arms; the corrected comparisons are below)."
+    )
+    if several:
+        note += " The average is over complete rows only, and no published average is comparable with it."
+    parts = [markdown(head, rows), note, _ties(best), _glue(sweep), _details(sweep)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _ties(best: dict[str, list[str]]) -> str:
+    lines = [
+        f"- {task_name(task)}: a tie of {', '.join(arms)}." for task, arms in best.items() if len(arms) > 1
+    ]
+    if not lines:
+        return ""
+    return "\n".join(
+        [
+            "Where no arm leads beyond chance (its interval against the best holds 0, or there is none):",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _glue(sweep: Sweep) -> str:
+    rows = []
+    for arm in sweep.plan.arms:
+        values = averages(sweep, arm).glue
+        if all(value is not None for value in values.values()):
+            rows.append((arm, *(f"{values[name]:.2f}" for name in CONVENTIONS)))
+    if not rows:
+        return ""
+    head = ("arm", "nine columns (MNLI m and mm apart, QQP accuracy)", "eight columns (MNLI one, QQP acc/F1)")
+    return (
+        "GLUE averages, in both conventions that are in use; they are not comparable with each other:\n\n"
+        + markdown(head, rows)
+    )
+
+
+def _details(sweep: Sweep) -> str:
+    head, columns = ["arm"], []
+    for task in sweep.plan.tasks:
+        names = metric_names(sweep, task)
+        if len(names) > 1:
+            for split, name in names:
+                part = split.removeprefix("validation").strip("_")
+                head.append(" ".join(filter(None, (task_name(task), part, name.replace("_", " ")))))
+                columns.append((task, split, name))
+    if not columns:
+        return ""
+    rows = [
+        [arm, *(metric_cell(sweep, task, arm, split, name).text() for task, split, name in columns)]
+        for arm in sweep.plan.arms
+    ]
+    return "Every metric of the tasks that have several:\n\n" + markdown(head, rows)
+
+
+def checkpoints(sweep: Sweep) -> str:
+    """The best epoch by the development set itself, as papers report it."""
+    rows = [
+        [arm, *(checkpoint_cell(sweep, task, arm).text() for task in sweep.plan.tasks)]
+        for arm in sweep.plan.arms
+    ]
+    if not any(checkpoint_cell(sweep, t, a).seeds for t in sweep.plan.tasks for a in sweep.plan.arms):
+        return "No run recorded its epochs."
+    note = (
+        "Each run's best epoch is chosen on the same development set on which it is then reported, which "
+        "flatters every arm; papers often report this. The contrasts below are of the end of training."
+    )
+    head = ["arm", *(task_heading(sweep, task) for task in sweep.plan.tasks)]
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def beside_published(sweep: Sweep) -> str:
+    """This sweep's rows below the published ones, with what makes them incomparable."""
+    warnings = _incomparable(sweep)
+    parts = [f"**{warning}**" for warning in warnings]
+    for table in published_tables():
+        own = _published_part(sweep, table)
+        if own:
+            parts.append(own)
+    if len(parts) == len(warnings):
+        return "No published table has the tasks and arms of this sweep."
+    return "\n\n".join(parts)
+
+
+def _incomparable(sweep: Sweep) -> list[str]:
+    models = {run.result["model"] for run in sweep.runs.values()} or {sweep.plan.model}
+    samples = [task_name(task) for task in sweep.plan.tasks if sweep.is_sample(task)]
+    found = []
+    if any(PUBLISHED_MODEL not in model.lower() for model in models):
+        found.append(
+            f"The published numbers are of {PUBLISHED_MODEL}, these are of {', '.join(sorted(models))}: "
+            "they do not measure the same thing."
+        )
+    if samples:
+        found.append(
+            f"{', '.join(samples)}: trained or evaluated on a sample here, on all of the data there."
+        )
+    return found
+
+
+def _published_part(sweep: Sweep, table: PublishedTable) -> str:
+    columns = [column for column in table.columns if column.task in sweep.plan.tasks]
+    shown = [row for row in table.rows if any(column.key in row.values for column in columns)]
+    own = {
+        arm: column_values(sweep, arm) for arm in sweep.plan.arms if arm in {row.arm for row in table.rows}
+    }
+    own = {arm: values for arm, values in own.items() if any(column.key in values for column in columns)}
+    if not shown or not own:
+        return ""
+    convention = table.convention
+    averaged = convention and any(averages(sweep, arm).glue[convention] is not None for arm in own)
+    rows = []
+    for row in shown:
+        cells = [_number(row.values.get(column.key)) for column in columns]
+        rows.append([row.label, "published", *cells, *([_number(row.average)] if averaged else [])])
+    for arm, values in own.items():
+        cells = [_number(values.get(column.key)) for column in columns]
+        average = [_number(averages(sweep, arm).glue[convention])] if averaged else []
+        rows.append([arm, "here", *cells, *average])
+    stars = [column.heading + ("*" if sweep.is_sample(column.task) else "") for column in columns]
+    head = ["method", "", *stars, *([f"average ({convention} columns)"] if averaged else [])]
+    words = f"{table.title}. Source: {table.source}; seeds: {table.seeds}. {table.notes}"
+    return f"{words}\n\n{markdown(head, rows, left=2)}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
+    """The method of the contrasts in words, with the warnings that the numbers of seeds call for."""
+    seeds, margin = len(sweep.plan.seeds), sweep.plan.margin
+    pairs = len(sweep.plan.arms) * (len(sweep.plan.arms) - 1) // 2
+    text = (
+        f"Differences are in points of the primary metric at the end of training. Intervals and p come from "
+        f"{contrasts.replicates:,} replicates of a hierarchical paired bootstrap: each draws seeds with "
+        "replacement, and one resample of the development set that all arms and seeds of the replicate share "
+        "(all runs are evaluated on the same examples, so seeds and examples are crossed). Seeds are paired: "
+        "the same initial head and order of the data; only seeds that both arms have enter. p is two-sided; "
+        f"Holm's correction is over the (up to) {pairs} pairs of a task, and over those of the average. "
+        f"Verdicts: *differs* where Holm's p < {DIFFERS:g}; *equivalent within ±{margin:g}* where the 90 % "
+        "interval lies inside (two one-sided tests at 5 %); otherwise *not decided*, which says that the "
+        "data are too few, not that the arms are alike."
+    )
+    if seeds == 1:
+        text += (
+            "\n\n**One seed: the intervals hold the chance of the examples only, not that of the training, "
+            "and are too narrow to say which arm is better.**"
+        )
+    elif seeds < 10:
+        short = ((seeds - 1) / seeds) ** 0.5
+        text += (
+            f"\n\n**With {seeds} seeds, intervals from resampled seeds are rough: the {seeds} can be drawn "
+            f"in {seeds**seeds:,} ways only, and their spread is taken {1 - short:.0%} too small on average. "
+            "Read borderline verdicts as undecided.**"
+        )
+    return text
+
+
+def pairwise(sweep: Sweep, contrasts: Contrasts) -> str:
+    """Everything against the baseline, then all pairs, folded where they are many."""
+    baseline = sweep.plan.baseline
+    tasks = [task for task in (*sweep.plan.tasks, AVERAGE) if contrasts.of(task)]
+    parts = [how_compared(sweep, contrasts)]
+    if not tasks:
+        parts.append("There is nothing to compare yet: no two arms have a complete run of the same seed.")
+        return "\n\n".join(parts)
+    if baseline in sweep.plan.arms:
+        against = [c for task in tasks for c in contrasts.of(task) if c.b == baseline]
+        parts += [f"Against {baseline}:", contrast_table(against), _count(against, baseline)]
+    everything = contrast_table([contrast for task in tasks for contrast in contrasts.of(task)])
+    if len(contrasts.all) >= FOLDED:
+        parts.append(
+            f"<details><summary>All {len(contrasts.all)} pairs</summary>\n\n{everything}\n\n</details>"
+        )
+    else:
+        parts += ["All pairs:", everything]
+    return "\n\n".join(filter(None, parts))
+
+
+def against_nulls(sweep: Sweep, contrasts: Contrasts) -> str:
+    """Every score minus what does not look at importance: uniform ranks, random triplets, plain LoRA."""
+    every = (*NULLS, "lora")
+    rivals = [arm for arm in every if arm in sweep.plan.arms]
+    if not rivals or not sweep.plan.scores:
+        return "The plan has no uniform, random or lora arm to set the scores against."
+    found, rows = [], []
+    for task in (*sweep.plan.tasks, AVERAGE):
+        for score in sweep.plan.scores:
+            own = [contrasts.between(task, score, rival) for rival in rivals]
+            if any(own):
+                rows.append((task_name(task), score, *("–" if c is None else _brief(c) for c in own)))
+                found += [contrast for contrast in own if contrast is not None]
+    if not found:
+        return "There is nothing to compare yet."
+    parts = [
+        "Score minus rival in points, its 95 % interval, and the verdict as above.",
+        markdown(("task", "score", *(f"− {rival}" for rival in rivals)), rows, left=2),
+    ]
+    parts += [_count([c for c in found if c.b == rival], rival) for rival in rivals]
+    absent = [arm for arm in every if arm not in rivals]
+    if absent:
+        parts.append(f"Not in the plan: {', '.join(absent)}.")
+    return "\n\n".join(parts)
+
+
+def _brief(contrast: Contrast) -> str:
+    e = contrast.estimate
+    return f"{signed(e.value)} ({signed(e.low)} to {signed(e.high)}): {contrast.verdict}"
+
+
+def signed(value: float) -> str:
+    """Two decimals with a sign, and none for what rounds to zero."""
+    text = f"{value:+.2f}"
+    return "0.00" if float(text) == 0 else text
+
+
+def contrast_table(found: list[Contrast]) -> str:
+    rows = []
+    for contrast in found:
+        e = contrast.estimate
+        rows.append((
+            task_name(contrast.task), f"{contrast.a} − {contrast.b}", contrast.verdict, contrast.seeds,
+            signed(e.value), f"{signed(e.low)} to {signed(e.high)}",
+            probability(e.p), probability(contrast.holm_p),
+        ))  # fmt: skip
+    head = ("task", "arms", "verdict", "seeds", "difference", "95 % interval", "p", "Holm's p")
+    return markdown(head, rows, left=3)
+
+
+def probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _count(found: list[Contrast], rival: str) -> str:
+    """How many of these differences went which way, in one sentence."""
+    if not found:
+        return f"Nothing is complete enough to be set against {rival}."
+    kinds = Counter(
+        ("better" if c.estimate.value > 0 else "worse")
+        if c.verdict.startswith("differs")
+        else c.verdict.split()[0]
+        for c in found
+    )
+    words = {
+        "better": f"better than {rival}",
+        "worse": f"worse than {rival}",
+        "equivalent": "equivalent within the margin",
+        "not": "not decided",
+    }
+    counted = ", ".join(f"{kinds[kind]} {text}" for kind, text in words.items() if kinds[kind])
+    return f"Of {len(found)} differences from {rival} (tasks and average): {counted}."

@@ -1,0 +1,187 @@
+"""The report's words about what was run, what is missing, and how to make it again."""
+
+from typing import Any
+
+from .sweep import Run, Sweep, commands_of, distinct
+from .tables import markdown, task_name
+
+GROWS = ("tasks", "arms", "seeds")
+SETTINGS = (
+    "epochs", "learning_rate", "batch_size", "max_length", "weight_decay", "warmup", "init_r", "target_r",
+    "scale", "tinit", "tfinal", "deltaT", "orth_reg_weight", "dropout", "classifier_dropout", "precision",
+    "train_rows", "evaluation_rows",
+)  # fmt: skip
+
+
+def what_was_run(sweep: Sweep) -> str:
+    """Plan, model, dates, machine and versions; the recipe of every task as its runs had it; tuning."""
+    plan, runs = sweep.plan, list(sweep.runs.values())
+    planned = len(plan.tasks) * len(plan.arms) * len(plan.seeds)
+    places = [run.environment for run in runs] or [plan.environment]
+    started = sorted(place["started"] for place in places if isinstance(place.get("started"), str))
+    facts = [
+        ("model", distinct(run.result["model"] for run in runs) or plan.model),
+        ("arms", ", ".join(plan.arms)),
+        ("tasks", ", ".join(task_name(t) + ("*" if sweep.is_sample(t) else "") for t in plan.tasks)),
+        ("seeds", ", ".join(map(str, plan.seeds))),
+        ("runs", f"{len(runs)} of {planned} complete"),
+        (
+            "started",
+            started[0] + (f" to {started[-1]}" if started[-1] != started[0] else "") if started else "–",
+        ),
+        ("commit", distinct(p.get("commit") or "unknown" for p in places)),
+        ("machine", distinct(map(_machine, places))),
+        ("base weights", distinct(run.settings.get("dtype", "float32") for run in runs) or "–"),
+        ("versions", distinct(map(_versions, places))),
+    ]
+    parts = [plan.description] if plan.description else []
+    parts.append(markdown(("", ""), facts, left=2))
+    if any(sweep.is_sample(task) for task in plan.tasks):
+        parts.append(
+            "\\* Trained or evaluated on a sample of the official data: not comparable with "
+            "published numbers."
+        )
+    parts.append(_data(sweep))
+    parts.append(
+        "Settings, as the runs had them (several values: they differ between runs):\n\n" + _settings(sweep)
+    )
+    if plan.tuning:
+        parts.append(_tuning(sweep))
+    parts += [
+        f"The plan grew on {entry.get('at', 'an unknown date')} by "
+        + "; ".join(f"{name} {', '.join(map(str, entry[name]))}" for name in GROWS if entry.get(name))
+        + "."
+        for entry in plan.amended
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    machine = environment.get("machine") or {}
+    gpus = ", ".join(machine.get("gpus") or [])
+    threads = f", {machine['threads']} thread(s)" if machine.get("threads") and not gpus else ""
+    return (gpus or machine.get("processor") or "unknown") + threads
+
+
+def _versions(environment: dict[str, Any]) -> str:
+    versions = environment.get("versions") or {}
+    names = ("python", "torch", "transformers", "peft", "adalora_fast")
+    return " ".join(f"{name} {versions[name]}" for name in names if name in versions) or "unknown"
+
+
+def _data(sweep: Sweep) -> str:
+    rows = []
+    for task in sweep.plan.tasks:
+        splits: dict[str, list[dict]] = {}
+        for run in sweep.task_runs(task):
+            for name, split in (run.result.get("splits") or {}).items():
+                splits.setdefault(name, []).append(split)
+        for name, found in splits.items():
+            counts = distinct(f"{split.get('rows', 0):,}" for split in found)
+            kind = "a sample" if any(split.get("sample") for split in found) else "whole"
+            rows.append((task_name(task), name, kind, counts))
+    return "Data:\n\n" + markdown(("task", "split", "", "rows"), rows, left=3) if rows else ""
+
+
+def _settings(sweep: Sweep) -> str:
+    rows = []
+    for task in sweep.plan.tasks:
+        recipes = [run.settings.get("recipe") or {} for run in sweep.task_runs(task)]
+        if not any(recipes):
+            recipe = sweep.plan.recipe
+            recipes = [(recipe.get("defaults") or {}) | ((recipe.get("tasks") or {}).get(task) or {})]
+        shown = {name: [r[name] for r in recipes if r.get(name) is not None] for name in SETTINGS}
+        rows.append((task_name(task), {name: distinct(values) for name, values in shown.items()}))
+    used = [name for name in SETTINGS if any(values[name] for _, values in rows)]
+    return markdown(("task", *used), [(t, *(v[name] or "–" for name in used)) for t, v in rows])
+
+
+def _tuning(sweep: Sweep) -> str:
+    tuning, chosen = sweep.plan.tuning, sweep.tuned or {}
+    rates = list(tuning.get("learning_rates") or [])
+    lines = [
+        f"Every arm's learning rate was chosen from {', '.join(f'{rate:g}' for rate in rates)} on "
+        f"{tuning.get('held_out', 0):.0%} of the training data, which was held out, with "
+        f"{len(tuning.get('seeds') or [])} seed(s); the development set had no part in it."
+    ]
+    if not chosen:
+        return lines[0] + " tuned.json is not there yet."
+    rows = [(arm, *(_chosen(chosen, task, arm) for task in sweep.plan.tasks)) for arm in sweep.plan.arms]
+    lines.append(markdown(("arm", *map(task_name, sweep.plan.tasks)), rows))
+    ends = {min(rates), max(rates)} if len(rates) > 1 else set()
+    edges = [
+        f"{arm} on {task_name(task)}"
+        for task in sweep.plan.tasks
+        for arm in sweep.plan.arms
+        if ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate") in ends
+    ]
+    if edges:
+        lines.append(
+            "The choice lies at an end of the list, so a better one may lie beyond, for "
+            + ", ".join(edges)
+            + "."
+        )
+    return "\n\n".join(lines)
+
+
+def _chosen(chosen: dict[str, Any], task: str, arm: str) -> str:
+    rate = ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate")
+    return "–" if rate is None else f"{rate:g}"
+
+
+def what_is_missing(sweep: Sweep, remarks: tuple[str, ...]) -> str:
+    """Failed, unfinished and absent runs with their reason; what was found and not used."""
+    parts = []
+    if sweep.missing:
+        rows = [
+            (task_name(entry.task), entry.arm, entry.seed, entry.state, entry.reason or "–")
+            for entry in sweep.missing
+        ]
+        parts.append(
+            f"{len(sweep.missing)} planned run(s) are missing. Means are over the seeds that are there, "
+            "marked with their number; averages over tasks are given for arms without a missing run only."
+        )
+        parts.append(markdown(("task", "arm", "seed", "state", "reason"), rows, left=5))
+    else:
+        parts.append("Nothing: every planned run is complete.")
+    if sweep.unplanned:
+        parts.append(
+            f"Complete runs that the plan does not name, and that are left out: {', '.join(sweep.unplanned)}."
+        )
+    parts.extend(remark + "." for remark in remarks)
+    return "\n\n".join(parts)
+
+
+def costs(sweep: Sweep) -> str:
+    """Trained parameters, total rank and time per arm and task; time is of the machine named above."""
+    rows = []
+    for task in sweep.plan.tasks:
+        for arm in sweep.plan.arms:
+            runs = list(sweep.of(task, arm).values())
+            if runs:
+                rows.append((
+                    task_name(task), arm,
+                    *(_values(runs, name) for name in ("trainable_parameters", "total_rank", "steps")),
+                    f"{_mean(runs, 'train_seconds'):,.0f}", f"{_mean(runs, 'seconds'):,.0f}",
+                ))  # fmt: skip
+    head = ("task", "arm", "parameters trained", "total rank", "steps", "training, s", "whole run, s")
+    note = "Seconds are means over seeds"
+    resumed = sum(bool(run.result.get("resumed")) for run in sweep.runs.values())
+    if resumed:
+        note += f"; {resumed} run(s) were resumed, and their seconds are those of the last part only"
+    return markdown(head, rows, left=2) + f"\n\n{note}." if rows else "No run is complete."
+
+
+def _values(runs: list[Run], key: str) -> str:
+    values = dict.fromkeys(run.result.get(key) for run in runs)
+    return ", ".join("–" if not value else f"{value:,}" for value in values)
+
+
+def _mean(runs: list[Run], key: str) -> float:
+    return sum(run.result[key] for run in runs) / len(runs)
+
+
+def commands(sweep: Sweep) -> str:
+    lines = commands_of(sweep)
+    own = f"adalora-fast report {sweep.folder.name}"
+    return "```bash\n" + "\n".join([*lines, own]) + "\n```"

@@ -1,0 +1,187 @@
+"""Tables as Markdown, CSV and LaTeX, and what goes into the CSV and LaTeX files."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from .cells import Cell, averages, checkpoint_cell, metric_names, primary_cell
+from .contrasts import Contrasts, best_of
+from .published import GLUE_TASKS
+from .sweep import Sweep
+
+NAMES = {
+    "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "qnli": "QNLI", "qqp": "QQP",
+    "wnli": "WNLI", "stsb": "STS-B", "mnli": "MNLI", "squad": "SQuAD", "squad_v2": "SQuAD 2",
+    "average": "average",
+}  # fmt: skip
+
+
+def task_name(task: str) -> str:
+    return NAMES.get(task, task)
+
+
+def task_heading(sweep: Sweep, task: str) -> str:
+    """Such as "MRPC accuracy", with a star where a split is a sample of the official data."""
+    metric = sweep.primary_metric(task).replace("_", " ")
+    star = "*" if sweep.is_sample(task) else ""
+    return " ".join(filter(None, (task_name(task), metric))) + star
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]], *, left: int = 1) -> str:
+    """A table whose first `left` columns are texts and whose others are numbers."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join("| " + " | ".join(escape_markdown(str(cell)) for cell in line) + " |" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Text that stays one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def escape_latex(text: str) -> str:
+    """Text that stands for itself in LaTeX."""
+    special = {character: f"\\{character}" for character in "&%$#_{}"} | {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+        "–": "--", "<": r"$<$", ">": r"$>$", "λ": r"$\lambda$",
+    }  # fmt: skip
+    return "".join(special.get(character, character) for character in text)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Every key of the first row is a column; None is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def result_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """One row per planned run, complete or not; metrics are fractions, as in result.json."""
+    metrics = list(dict.fromkeys(
+        f"{split}/{name}" for task in sweep.plan.tasks for split, name in metric_names(sweep, task)
+    ))  # fmt: skip
+    missing = {(entry.task, entry.arm, entry.seed): entry for entry in sweep.missing}
+    rows = []
+    for task in sweep.plan.tasks:
+        for arm in sweep.plan.arms:
+            for seed in sweep.plan.seeds:
+                run, gap = sweep.runs.get((task, arm, seed)), missing.get((task, arm, seed))
+                result = run.result if run else {}
+                own = {
+                    f"{s}/{n}": v for s, part in result.get("metrics", {}).items() for n, v in part.items()
+                }
+                best = result.get("best_epoch") or {}
+                rows.append({
+                    "task": task, "arm": arm, "seed": seed,
+                    "state": "complete" if gap is None else gap.state,
+                    "reason": gap.reason if gap else "",
+                    "model": result.get("model", sweep.plan.model),
+                    **{name: result.get(name) for name in ("sample", "primary_metric", "primary")},
+                    **{name: own.get(name) for name in metrics},
+                    "best_epoch": best.get("epoch"), "best_primary": best.get("primary"),
+                    "learning_rate": (run.settings.get("recipe") or {}).get("learning_rate") if run else None,
+                    **{name: result.get(name) for name in (
+                        "train_loss", "steps", "trainable_parameters", "total_rank", "train_seconds",
+                        "seconds", "resumed",
+                    )},
+                })  # fmt: skip
+    return rows
+
+
+def table_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """One row per arm and task, and per arm for the averages; in points."""
+
+    def row(arm: str, task: str, metric: str, end: Cell, best: Cell | None) -> dict[str, Any]:
+        return {
+            "arm": arm, "task": task, "metric": metric, "mean": _rounded(end.mean), "std": _rounded(end.std),
+            "seeds": end.seeds, "planned_seeds": end.planned,
+            "best_checkpoint_mean": _rounded(best.mean) if best else None,
+            "best_checkpoint_std": _rounded(best.std) if best else None,
+        }  # fmt: skip
+
+    rows = []
+    for arm in sweep.plan.arms:
+        for task in sweep.plan.tasks:
+            end, best = primary_cell(sweep, task, arm), checkpoint_cell(sweep, task, arm)
+            rows.append(row(arm, task, sweep.primary_metric(task), end, best))
+        average = averages(sweep, arm)
+        rows.append(row(arm, "average", "primary", average.here, None))
+        for name, value in average.glue.items():
+            if value is not None:
+                cell = Cell(mean=value, std=None, seeds=average.here.seeds, planned=average.here.planned)
+                rows.append(row(arm, f"glue_{name}_columns", "mixed", cell, None))
+    return rows
+
+
+def contrast_rows(contrasts: Contrasts) -> list[dict[str, Any]]:
+    """One row per pair of arms and task; a minus b, in points."""
+    return [
+        {
+            "task": contrast.task, "a": contrast.a, "b": contrast.b, "seeds": contrast.seeds,
+            "difference": _rounded(contrast.estimate.value),
+            "low_95": _rounded(contrast.estimate.low), "high_95": _rounded(contrast.estimate.high),
+            "low_90": _rounded(contrast.estimate.low90), "high_90": _rounded(contrast.estimate.high90),
+            "p": _rounded(contrast.estimate.p, 6), "holm_p": _rounded(contrast.holm_p, 6),
+            "verdict": contrast.verdict,
+        }
+        for contrast in contrasts.all
+    ]  # fmt: skip
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else round(value, digits) + 0.0  # + 0.0: no "-0.0"
+
+
+def winners(sweep: Sweep, contrasts: Contrasts) -> dict[str, list[str]]:
+    """By task (and "average"): the best arm, or all arms that tie for it; complete cells only."""
+    found = {}
+    cells = {task: {a: primary_cell(sweep, task, a) for a in sweep.plan.arms} for task in sweep.plan.tasks}
+    if len(sweep.plan.tasks) > 1:
+        cells["average"] = {arm: averages(sweep, arm).here for arm in sweep.plan.arms}
+    for task, own in cells.items():
+        means = {arm: cell.mean for arm, cell in own.items() if cell.is_whole and cell.mean is not None}
+        found[task] = best_of(contrasts, task, means)[0]
+    return found
+
+
+def average_heading(sweep: Sweep) -> str:
+    """What the average over the sweep's own tasks is called; never the name of a published one."""
+    glue = sum(task in GLUE_TASKS for task in sweep.plan.tasks)
+    return f"average over the {len(sweep.plan.tasks)} tasks here" + (
+        f" ({glue} of GLUE's {len(GLUE_TASKS)})" if glue else ""
+    )
+
+
+def latex(sweep: Sweep, contrasts: Contrasts) -> str:
+    """The results table as a fragment for \\input; it needs the package booktabs."""
+    best, several = winners(sweep, contrasts), len(sweep.plan.tasks) > 1
+    head = [
+        "arm",
+        *(task_heading(sweep, task) for task in sweep.plan.tasks),
+        *(["average"] if several else []),
+    ]
+    lines = [
+        f"% {escape_markdown(sweep.plan.name)}: mean ± standard deviation over seeds, in points. "
+        "Needs \\usepackage{booktabs}.",
+        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        "\\toprule",
+        " & ".join(map(escape_latex, head)) + " \\\\",
+        "\\midrule",
+    ]
+    for arm in sweep.plan.arms:
+        cells = {task: primary_cell(sweep, task, arm) for task in sweep.plan.tasks}
+        if several:
+            cells["average"] = averages(sweep, arm).here
+        row = [escape_latex(arm)]
+        for task, cell in cells.items():
+            text = escape_latex(cell.text())
+            row.append(f"\\textbf{{{text}}}" if is_sole_best(best[task], arm, sweep) else text)
+        lines.append(" & ".join(row) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def is_sole_best(best: list[str], arm: str, sweep: Sweep) -> bool:
+    """Whether an arm is to be shown in bold: alone at the top, of more than one."""
+    return best == [arm] and len(sweep.plan.arms) > 1

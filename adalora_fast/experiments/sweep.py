@@ -1,0 +1,324 @@
+"""A sweep: every run of a recipe's grid (task × arm × seed) in one folder, planned before anything runs.
+
+    OUT/plan.json                                what was decided beforehand
+    OUT/<task>/<arm>-seed<seed>/                 one run each
+    OUT/<task>/<arm>-seed<seed>.failed.json      the error of one that failed
+    OUT/tuning/<task>/<arm>-lr<rate>-seed<seed>/ OUT/tuned.json    with --tune
+
+The same command goes on where it was interrupted. Started several times, on machines that share the folder, the
+processes share the runs: each takes those that nobody is at work on.
+"""
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from adalora_fast.environment import environment, write_json
+
+from .arms import parse_arm
+from .models import resolve_model
+from .progress import TrainingProgress
+from .recipes import read_recipe, recipe_of
+from .runs import RunFolder, RunSettings, open_run, read_json
+from .single import start_run, whole_path
+from .tasks import get_task
+from .tuning import Tuning
+
+MARGIN = 0.3  # points within which two arms count as equivalent
+WAIT_SECONDS = 5
+GROWS = ("tasks", "arms", "seeds")  # what may be added to a plan later
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One run of a sweep and where it goes."""
+
+    settings: RunSettings
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def failure(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.failed.json")
+
+    @property
+    def folder(self) -> RunFolder:
+        return open_run(self.path, self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sweep runs. `overrides` go into the recipe of every task, `options` into the settings."""
+
+    name: str
+    content: dict[str, Any]
+    model: str
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tuning: Tuning | None = None
+    data_dir: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, task: str, arm: str, seed: int, **overrides: Any) -> RunSettings:
+        return RunSettings(
+            task=task,
+            model=self.model,
+            data_dir=self.data_dir,
+            seed=seed,
+            recipe=recipe_of(self.content, self.name, task, **self.overrides, **overrides),
+            **parse_arm(arm),
+            **self.options,
+        )
+
+    def runs(self, output: Path, rates: dict[str, dict[str, float]] | None = None) -> list[Planned]:
+        """Every run, seed after seed, so that an unfinished sweep has whole comparisons. `rates` gives the
+        learning rate that was chosen for [task][arm].
+        """
+        planned = []
+        for task in self.tasks:
+            for seed in self.seeds:
+                for arm in self.arms:
+                    own = {"learning_rate": rates[task][arm]} if rates else {}
+                    settings = self.settings(task, arm, seed, **own)
+                    planned.append(Planned(settings=settings, path=output / task / f"{arm}-seed{seed}"))
+        return planned
+
+    def tuning_runs(self, output: Path) -> list[Planned]:
+        """Every learning rate of the grid for every arm, on held-out training data."""
+        if self.tuning is None:
+            return []
+        return [
+            Planned(
+                settings=replace(
+                    self.settings(task, arm, seed, learning_rate=rate), held_out=self.tuning.held_out
+                ),
+                path=output / "tuning" / task / f"{arm}-lr{rate:g}-seed{seed}",
+            )
+            for task in self.tasks
+            for seed in self.tuning.seeds
+            for arm in self.arms
+            for rate in self.tuning.learning_rates
+        ]
+
+    def described(self) -> dict[str, Any]:
+        """plan.json."""
+        return {
+            "name": self.name,
+            "description": self.content.get("description", ""),
+            "model": self.model,
+            "tasks": list(self.tasks),
+            "arms": list(self.arms),
+            "seeds": list(self.seeds),
+            "baseline": "sensitivity",
+            "equivalence_margin": MARGIN,
+            "primary": {task: get_task(task).metrics[0] for task in self.tasks},
+            "tuning": None if self.tuning is None else asdict(self.tuning),
+            "overrides": self.overrides,
+            "options": self.options,
+            "recipe": self.content,
+        }
+
+
+def make_plan(
+    *,
+    recipe: str,
+    model: str | None = None,
+    tasks: Iterable[str] = (),
+    arms: Iterable[str] = (),
+    seeds: Iterable[int] = (),
+    tune: bool = False,
+    data_dir: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> Plan:
+    """The recipe's grid, with what is given in place of its own part.
+
+    Raises:
+        ValueError: an unknown task, arm or setting, a grid without one of its parts, the same entry twice.
+    """
+    content = read_recipe(recipe)
+    grid = content.get("grid", {})
+    parts = {
+        name: tuple(given) or tuple(grid.get(name, ())) for name, given in zip(GROWS, (tasks, arms, seeds))
+    }
+    for name, values in parts.items():
+        if not values:
+            raise ValueError(f"recipe {recipe} has no {name} in its grid; give --{name}")
+        if len(set(values)) < len(values):
+            raise ValueError(f"the {name} {', '.join(map(str, values))} name one twice; give each once")
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in parts["seeds"]):
+        raise ValueError(f"seeds {parts['seeds']!r} are not all integers; correct them")
+    model = model or content.get("model")
+    if not isinstance(model, str) or not model:
+        raise ValueError(f"recipe {recipe} names no model; give --model")
+    plan = Plan(
+        name=Path(recipe).stem,
+        content=content,
+        model=whole_path(model),
+        tuning=Tuning.of(content.get("tuning")) if tune else None,
+        data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
+        overrides={name: value for name, value in (overrides or {}).items() if value is not None},
+        options=options or {},
+        **parts,
+    )
+    for task in plan.tasks:
+        get_task(task)
+        for arm in plan.arms:
+            plan.settings(task, arm, plan.seeds[0])
+    return plan
+
+
+def write_plan(plan: Plan, output: Path) -> None:
+    """Write plan.json before anything runs. One that is there already may grow by tasks, arms and seeds, which
+    is noted with the date; nothing else of it may change.
+    """
+    path, described = output / "plan.json", plan.described()
+    if not path.is_file():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(path, described | {"environment": environment(), "amended": []})
+        except OSError as error:
+            raise type(error)(
+                f"cannot write to {output} ({error.strerror}); choose another --output"
+            ) from error
+        return
+    try:
+        before = read_json(path)
+        same = {name: before[name] for name in described}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no plan of a sweep; choose another --output") from None
+    described = json.loads(json.dumps(described))
+    for name in sorted(described.keys() - {*GROWS, "primary"}):
+        if same[name] != described[name]:
+            raise ValueError(
+                f"{output} holds a sweep with another {name} ({_short(same[name])}, now {_short(described[name])}); "
+                "choose another --output"
+            )
+    added = {name: [value for value in described[name] if value not in same[name]] for name in GROWS}
+    if any(added.values()):
+        grown = {name: same[name] + added[name] for name in GROWS}
+        note = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **added}
+        primary = same["primary"] | described["primary"]
+        write_json(path, before | grown | {"primary": primary, "amended": [*before.get("amended", []), note]})
+
+
+def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = None) -> int:
+    """Do what is left of the sweep; the number of runs that failed."""
+    resolve_model(plan.model)
+    for task in plan.tasks:
+        check_data(plan, task)
+    output = output.expanduser().absolute()
+    write_plan(plan, output)
+    failed = 0
+    rates = None
+    if plan.tuning is not None:
+        runs = plan.tuning_runs(output)
+        failed += carry_out(runs, console, ray=ray, title="tuning")
+        rates = plan.tuning.choose(
+            output, {(run.settings.task, run.settings.arm, run.settings.recipe.learning_rate, run.settings.seed):
+                     run.path for run in runs}, plan.tasks, plan.arms,
+        )  # fmt: skip
+    failed += carry_out(plan.runs(output, rates), console, ray=ray, title="sweep")
+    return failed
+
+
+def check_data(plan: Plan, task: str) -> None:
+    """Every mistake in a task's data shows before the first run."""
+    from .workloads import load_workload
+
+    load_workload(plan.settings(task, plan.arms[0], plan.seeds[0]))
+
+
+def carry_out(runs: list[Planned], console: Console, *, ray: str | None = None, title: str = "sweep") -> int:
+    """Run what is not complete yet; the number of failures, each of which is written beside its run."""
+    began = time.time()
+    left = [run for run in runs if not run.folder.is_complete]
+    done = len(runs) - len(left)
+    console.print(f"{title}: {len(runs)} runs, {done} of them complete already", highlight=False)
+    if not left:
+        return 0
+    if ray is not None:
+        from .cluster import on_cluster
+
+        on_cluster(left, ray, console, record=record_failure)
+    else:
+        with TrainingProgress(runs=len(left), console=console) as progress:
+            one_by_one(left, lambda run: start_run(run.settings, run.path, progress), progress, began)
+    failures = [run for run in left if not run.folder.is_complete]
+    for run in failures:
+        reason = read_json(run.failure)["error"] if run.failure.is_file() else "not finished"
+        console.print(f"failed: {run.name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    return len(failures)
+
+
+def one_by_one(
+    runs: list[Planned], start: Callable[[Planned], Any], progress: TrainingProgress, began: float
+) -> None:
+    """In this process. Runs that another process is at work on are come back to."""
+    while runs:
+        busy = []
+        for run in runs:
+            if run.folder.is_complete or (run.failure.is_file() and run.failure.stat().st_mtime >= began):
+                progress.finish_run(f"{run.name}: done by another process")
+                continue
+            try:
+                with recording_failure(run):
+                    start(run)
+            except BlockingIOError:
+                busy.append(run)
+            except Exception as error:  # recorded: the sweep goes on
+                progress.finish_run(f"{run.name}: failed: {one_line(error)}")
+        if busy and len(busy) == len(runs):
+            time.sleep(WAIT_SECONDS)
+        runs = busy
+
+
+@contextmanager
+def recording_failure(run: Planned) -> Iterator[None]:
+    """Write down the error of a run that fails, and pass it on; a run that works leaves no such note."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except Exception as error:
+        record_failure(run, error)
+        raise
+    run.failure.unlink(missing_ok=True)
+
+
+def record_failure(run: Planned, error: BaseException) -> None:
+    """<run>.failed.json; where even that cannot be written (a full disk), the error stands alone."""
+    try:
+        run.failure.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            run.failure,
+            {
+                "error": one_line(error),
+                "traceback": "".join(traceback.format_exception(error)),
+                "settings": asdict(run.settings),
+            },
+        )
+    except OSError:
+        pass
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

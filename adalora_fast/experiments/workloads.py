@@ -1,0 +1,157 @@
+"""What a task asks of training and evaluation: the columns a model is given, and what is made of its outputs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from datasets import Dataset
+
+from . import metrics
+from .recipes import Recipe
+from .runs import RunSettings
+from .tasks import Split, Task, get_task, load_split
+
+HELD_OUT = "held_out"
+CACHED_ROWS = 20_000  # tokenising fewer takes a few seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What one split came to: `metrics` as fractions, `arrays` for predictions.safetensors (per row of the
+    split), `answers` for predictions-<split>.json (question answering only).
+    """
+
+    metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    answers: dict[str, Any] | None = None
+
+
+class Workload(Protocol):
+    """One task in the form that `training.train_run` works with."""
+
+    task: Task
+    label_names: list[str]
+
+    @property
+    def evaluation(self) -> tuple[str, ...]:
+        """The splits that are evaluated."""
+
+    def prepare(self, tokenizer: Any, recipe: Recipe) -> dict[str, Dataset]:
+        """`train` and every evaluation split, tokenised."""
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What result.json says about the data of every split."""
+
+    def judge(self, split: str, outputs: Any) -> Judged:
+        """Metrics and predictions from the model's outputs on one split, rows in the order of the data."""
+
+
+@dataclass(kw_only=True)
+class Classification:
+    """Classification or regression of a text or a pair of texts. `load` is called when the data are needed."""
+
+    task: Task
+    load: Callable[[], dict[str, Split]]
+    evaluation: tuple[str, ...] = ()
+    label_names: list[str] = field(default_factory=lambda: ["labels"])
+
+    def __post_init__(self) -> None:
+        self.evaluation = self.evaluation or self.task.evaluation
+        self._splits: dict[str, Split] | None = None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        if self._splits is None:
+            self._splits = self.load()
+        return self._splits
+
+    def prepare(self, tokenizer: Any, recipe: Recipe) -> dict[str, Dataset]:
+        return {name: tokenize(split, tokenizer, recipe.max_length) for name, split in self.splits.items()}
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        described = {}
+        for name, split in self.splits.items():
+            described[name] = {"rows": len(split), "source": split.source, "sample": split.sample}
+            counts = split.label_counts
+            if len(counts) <= 20:
+                described[name]["label_counts"] = counts
+        return described
+
+    def judge(self, split: str, outputs: Any) -> Judged:
+        logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float32)
+        labels = np.asarray(self.splits[split].labels, np.float32 if self.task.is_regression else np.int64)
+        predictions = logits[:, 0] if self.task.is_regression else logits.argmax(axis=1)
+        return Judged(
+            metrics=metrics.compute(self.task.metrics, logits, labels),
+            arrays={"labels": labels, "predictions": predictions, "logits": logits},
+        )
+
+
+def load_workload(settings: RunSettings) -> Workload:
+    """The workload of these settings; its data are read at once, so that every mistake in them shows now."""
+    task, recipe = get_task(settings.task), settings.recipe
+    data_dir = None if settings.data_dir is None else Path(settings.data_dir)
+    if task.kind == "question_answering":
+        from .question_answering import QuestionAnswering
+
+        return QuestionAnswering.load(settings)
+    splits = {"train": load_split(task, "train", data_dir)}
+    if settings.held_out:
+        splits["train"], splits[HELD_OUT] = splits["train"].hold_out(settings.held_out)
+    else:
+        splits |= {name: load_split(task, name, data_dir) for name in task.evaluation}
+    splits = {
+        name: split.take(recipe.train_rows if name == "train" else recipe.evaluation_rows)
+        for name, split in splits.items()
+    }
+    return Classification(
+        task=task, load=lambda: splits, evaluation=tuple(name for name in splits if name != "train")
+    )
+
+
+def tokenize(split: Split, tokenizer: Any, max_length: int) -> Dataset:
+    """Token ids of one text or a pair of texts; padding is left to the batch."""
+
+    def encode() -> dict[str, Sequence]:
+        return {**tokenizer(*split.texts, truncation=True, max_length=max_length), "labels": split.labels}
+
+    return cached(encode, len(split), [split.texts, split.labels], tokenizer, max_length)
+
+
+def cached(
+    encode: Callable[[], dict[str, Sequence]], rows: int, content: Any, tokenizer: Any, *settings: Any
+) -> Dataset:
+    """The table that `encode` makes; a long one is kept on disk by what it was made from, and found again.
+
+    In ADALORA_FAST_CACHE, by default ~/.cache/adalora_fast.
+    """
+    if rows < CACHED_ROWS:
+        return Dataset.from_dict(encode())
+    vocabulary = getattr(tokenizer, "backend_tokenizer", None)
+    described = (
+        vocabulary.to_str() if vocabulary is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    parts = json.dumps([content, described, tokenizer.init_kwargs, settings], default=str)
+    folder = Path(os.environ.get("ADALORA_FAST_CACHE", "~/.cache/adalora_fast")).expanduser()
+    path = folder / f"tokens-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
+    if not path.is_dir():
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            Dataset.from_dict(encode()).save_to_disk(draft)
+        except OSError as error:
+            raise type(error)(
+                f"cannot keep tokens in {folder} ({error.strerror or error}); set ADALORA_FAST_CACHE to another folder"
+            ) from error
+        try:
+            draft.rename(path)
+        except OSError:  # another process was first
+            import shutil
+
+            shutil.rmtree(draft, ignore_errors=True)
+    return Dataset.load_from_disk(path)
