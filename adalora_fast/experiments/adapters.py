@@ -69,6 +69,11 @@ def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
             **common,
         ),
     )
+    for name, parameter in adapted.named_parameters():
+        if (
+            ".ranknum." in name
+        ):  # a number that PEFT keeps as a parameter; casting a half-precision base unfreezes it
+            parameter.requires_grad_(False)
     if settings.method == "adalora":
         from adalora_fast import fuse
 

@@ -2,10 +2,11 @@
 
     {"description": "...", "model": "...", "defaults": {"epochs": 3, ...},
      "tasks": {"mrpc": {"learning_rate": 1e-3, ...}},
+     "arms": {"lora": {"scale": 2.0}, ...},
      "grid": {"tasks": ["mrpc", ...], "arms": ["sensitivity", "lora", ...], "seeds": [0, 1, 2]},
      "tuning": {"learning_rates": [5e-4, ...], "seeds": [0, 1], "held_out": 0.1}}
 
-`grid` is what a sweep runs; with `tuning`, every arm's learning rate is first chosen on a part of the training
+What an arm says goes before what a task says, and that before the defaults. `grid` is what a sweep runs; with `tuning`, every arm's learning rate is first chosen on a part of the training
 data that is held out. With the package come `study-table1` and `study-table2` (the score study: rank 16 to 8,
 three epochs), `adalora-glue` and `adalora-squad` (AdaLoRA's own scripts for DeBERTa-v3-base), `minilm-glue`
 and `minilm-squad` (for the packaged encoder).
@@ -64,8 +65,6 @@ class Recipe:
             raise ValueError(
                 f"target_r ({self.target_r}) is larger than init_r ({self.init_r}); raise init_r"
             )
-        if self.stride >= self.max_length and self.stride != Recipe.stride:
-            raise ValueError(f"stride ({self.stride}) must be smaller than max_length ({self.max_length})")
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")  # mixed precision: weights stay float32
@@ -104,7 +103,7 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be an integer")
 
 
-PARTS = ("description", "model", "defaults", "tasks", "grid", "tuning")
+PARTS = ("description", "model", "defaults", "tasks", "arms", "grid", "tuning")
 
 
 def recipe_for(model: str, task: str) -> str:
@@ -115,21 +114,23 @@ def recipe_for(model: str, task: str) -> str:
     return "study-table2" if squad else "study-table1"
 
 
-def load_recipe(name: str, task: str, **overrides: object) -> Recipe:
-    """The recipe `name` (one of the package, or a path to a JSON file) for `task`; overrides that are
-    None are ignored.
+def load_recipe(name: str, task: str, arm: str = "sensitivity", **overrides: object) -> Recipe:
+    """The recipe `name` (one of the package, or a path to a JSON file) for a task and an arm, with
+    `overrides` in place of its own settings.
     """
-    return recipe_of(read_recipe(name), name, task, **overrides)
+    return recipe_of(read_recipe(name), name, task, arm, **overrides)
 
 
-def recipe_of(content: dict[str, Any], name: str, task: str, **overrides: object) -> Recipe:
-    """The settings for `task` in what `read_recipe` returned."""
-    values = content.get("defaults", {}) | content.get("tasks", {}).get(task, {})
+def recipe_of(content: dict[str, Any], name: str, task: str, arm: str, **overrides: object) -> Recipe:
+    """The settings for a task and an arm in what `read_recipe` returned."""
+    parts = [content.get("defaults", {}), content.get("tasks", {}).get(task, {})]
+    parts += [content.get("arms", {}).get(arm, {}), overrides]
+    values = {key: value for part in parts for key, value in part.items()}
     unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
     if unknown:
         known = ", ".join(field.name for field in fields(Recipe))
         raise ValueError(f"recipe {name} has the unknown setting {unknown[0]!r}; choose from {known}")
-    return Recipe(**(values | {key: value for key, value in overrides.items() if value is not None}))
+    return Recipe(**values)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -149,13 +150,15 @@ def read_recipe(name: str) -> dict[str, Any]:
         strange = sorted(content.keys() - set(PARTS))
         if strange:
             raise ValueError(f"recipe {path} has the unknown part {strange[0]!r}; choose {', '.join(PARTS)}")
-        tables += [content.get(part, {}) for part in ("defaults", "tasks", "grid", "tuning")]
+        tables += [content.get(part, {}) for part in ("tasks", "arms", "defaults", "grid", "tuning")]
     if not all(isinstance(table, dict) for table in tables):
         raise ValueError(
-            f"recipe {path} must hold objects: defaults, tasks by name, grid, tuning; see the package's own"
+            f"recipe {path} must hold objects: defaults, tasks and arms by name, grid, tuning; see the package's own"
         )
-    if not all(isinstance(settings, dict) for settings in tables[2].values()):
-        raise ValueError(f"recipe {path} must hold objects under tasks, one per task; see the package's own")
+    if not all(isinstance(settings, dict) for table in tables[1:3] for settings in table.values()):
+        raise ValueError(
+            f"recipe {path} must hold objects under tasks and arms, one for each name; see the package's own"
+        )
     return content
 
 

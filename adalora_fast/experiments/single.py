@@ -1,5 +1,6 @@
 """One training run: from what the user asked for to a folder, with every mistake found before training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ def run_single(
         task=task.name,
         model=whole_path(model),
         data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
-        recipe=load_recipe(recipe or recipe_for(model, task.name), task.name, **overrides),
         **options,
     )
+    recipe = recipe or recipe_for(model, task.name)
+    settings = replace(settings, recipe=load_recipe(recipe, task.name, settings.arm, **overrides))
     check_score(settings)
     if not is_main_process():
         console = Console(quiet=True)

@@ -5,16 +5,14 @@ which neighbours share `stride` tokens of the passage. `squad_answers` makes ans
 about the windows.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .tasks import TASKS, _read_hub, _read_parquet, find_split_file, some_rows
+from .tasks import TASKS, held_out_rows, read_table, some_rows
 
 COLUMNS = ("id", "context", "question", "answers")
 MAX_QUESTION_LENGTH = 64  # tokens, the limit of BERT's own script for SQuAD
@@ -56,6 +54,13 @@ class QuestionSplit:
             return self
         return replace(self.select(some_rows(len(self), count)), sample=True)
 
+    def hold_out(self, fraction: float) -> tuple["QuestionSplit", "QuestionSplit"]:
+        """(the rest, about `fraction` of the rows), always the same ones. No context is on both sides: a question
+        about a passage that was trained on is no test.
+        """
+        held = held_out_rows([context.strip() for context in self.contexts], fraction)
+        return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFeatures:
@@ -88,19 +93,7 @@ def load_questions(task_name: str, split: str, data_dir: Path | None) -> Questio
     if task_name not in tasks:
         raise ValueError(f"{task_name!r} does not ask for spans; choose one of {', '.join(tasks)}")
     task = tasks[task_name]
-    if data_dir is None:
-        table, source, sample = _read_hub(task, split), f"{task.hub_dataset}:{split}", False
-    else:
-        path = find_split_file(task, split, Path(data_dir).expanduser())
-        table, source, sample = _read_parquet(path), str(path), path.stem != split
-    for column in COLUMNS:
-        if column not in table.column_names:
-            raise ValueError(
-                f"{source} has no column {column!r} (it has {', '.join(table.column_names)}); "
-                f"rename its columns to {', '.join(COLUMNS)}"
-            )
-    if not table.num_rows:
-        raise ValueError(f"{source} has no rows; give a file with at least one")
+    table, source, sample = read_table(task, split, data_dir, COLUMNS)
     ids, contexts, questions, answers = (table.column(column).to_pylist() for column in COLUMNS)
     seen = set()
     for row in range(len(ids)):
@@ -121,31 +114,6 @@ def load_questions(task_name: str, split: str, data_dir: Path | None) -> Questio
     return QuestionSplit(
         ids=ids, contexts=contexts, questions=questions, answers=answers, source=source, sample=sample
     )
-
-
-def hold_out(split: QuestionSplit, fraction: float, seed: int = 0) -> tuple[QuestionSplit, QuestionSplit]:
-    """The rows without, and the rows with, a random part of the contexts.
-
-    No context is on both sides: a question about a passage that was trained on is no test. As many contexts,
-    in an order drawn from `seed`, are held out as bring their questions nearest to `fraction` of all; at
-    least one, and not all. ValueError for a fraction outside (0, 1) or for fewer than two contexts.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the part held out is {fraction}; choose one between 0 and 1")
-    rows: dict[str, list[int]] = {}
-    for row, context in enumerate(split.contexts):
-        rows.setdefault(context.strip(), []).append(row)
-    if len(rows) < 2:
-        raise ValueError(
-            f"{split.source} has one context only, which cannot be on both sides; give more rows"
-        )
-    order = sorted(rows)
-    random.Random(seed).shuffle(order)
-    sizes = list(accumulate(len(rows[context]) for context in order[:-1]))
-    count = 1 + min(range(len(sizes)), key=lambda i: abs(sizes[i] - fraction * len(split)))
-    held_out = sorted(row for context in order[:count] for row in rows[context])
-    kept = sorted(row for context in order[count:] for row in rows[context])
-    return split.select(kept), split.select(held_out)
 
 
 def training_features(

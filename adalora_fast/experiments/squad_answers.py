@@ -1,6 +1,6 @@
 """From the scores of start and end tokens to answers, as the evaluation of SQuAD asks for them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +33,6 @@ class Answer:
     def at(self, threshold: float) -> str:
         """The answer where "no answer" must be more than `threshold` above the best span."""
         return "" if self.no_answer > threshold else self.span
-
-
-@dataclass(frozen=True, kw_only=True)
-class Threshold:
-    """A threshold on `Answer.no_answer`, and the mean score over all questions with it."""
-
-    value: float
-    score: float
 
 
 def decode(
@@ -89,55 +81,6 @@ def decode(
         _answer(split.ids[row], split.contexts[row], spans[row], float(null[row]), n_best, unanswerable)
         for row in range(len(split))
     ]
-
-
-def scores_at(
-    answers: Sequence[Answer], span_scores: np.ndarray, null_scores: np.ndarray, threshold: float
-) -> np.ndarray:
-    """Score of every question [N] float64 with this threshold: `null_scores` where `no_answer` is above."""
-    no_answer, span_scores, null_scores = _aligned(answers, span_scores, null_scores)
-    return np.where(no_answer > threshold, null_scores, span_scores)
-
-
-def best_threshold(answers: Sequence[Answer], span_scores: np.ndarray, null_scores: np.ndarray) -> Threshold:
-    """The threshold with the highest mean score, as `best_exact` and `best_f1` of SQuAD 2.0's evaluation.
-
-    `span_scores` [N] are the exact matches or F1 of `Answer.span`, `null_scores` [N] those of the answer "":
-    1 where the question has no answer, else 0. Like those two numbers of the official script it is chosen on
-    the questions that it is scored on, so it is an upper bound of what another threshold would give; a result
-    without that choice uses threshold 0.
-
-    Candidates are the values of `no_answer`, and one below them all ("no answer" everywhere). Of equally good
-    ones the lowest is taken. Unlike the official script it never stops among questions with the same
-    `no_answer`, so the score is one that the threshold really gives.
-    """
-    no_answer, span_scores, null_scores = _aligned(answers, span_scores, null_scores)
-    if not len(no_answer):
-        raise ValueError("no answers to choose a threshold for; give at least one")
-    order = np.argsort(no_answer, kind="stable")
-    values = no_answer[order]
-    totals = null_scores.sum() + np.cumsum((span_scores - null_scores)[order])
-    last = np.append(values[1:] != values[:-1], True)  # the last of equal values: all of them get their span
-    values = np.append(np.nextafter(values[0], -np.inf), values[last])
-    totals = np.append(null_scores.sum(), totals[last])
-    # Sums of the same scores in another order differ in their last digits: those are no better threshold.
-    best = int(np.flatnonzero(totals >= totals.max() - 1e-9)[0])
-    threshold = float(values[best])
-    return Threshold(
-        value=threshold, score=float(scores_at(answers, span_scores, null_scores, threshold).mean())
-    )
-
-
-def _aligned(
-    answers: Sequence[Answer], span_scores: np.ndarray, null_scores: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    arrays = [np.asarray(scores, dtype=np.float64) for scores in (span_scores, null_scores)]
-    for name, scores in zip(("span_scores", "null_scores"), arrays, strict=True):
-        if scores.shape != (len(answers),):
-            raise ValueError(
-                f"{name} is {list(scores.shape)} for {len(answers)} answers; give one per answer"
-            )
-    return np.array([answer.no_answer for answer in answers], dtype=np.float64), arrays[0], arrays[1]
 
 
 def _spans(

@@ -78,7 +78,7 @@ class Plan:
             model=self.model,
             data_dir=self.data_dir,
             seed=seed,
-            recipe=recipe_of(self.content, self.name, task, **self.overrides, **overrides),
+            recipe=recipe_of(self.content, self.name, task, arm, **(self.overrides | overrides)),
             **parse_arm(arm),
             **self.options,
         )
@@ -170,7 +170,7 @@ def make_plan(
         model=whole_path(model),
         tuning=Tuning.of(content.get("tuning")) if tune else None,
         data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
-        overrides={name: value for name, value in (overrides or {}).items() if value is not None},
+        overrides=overrides or {},
         options=options or {},
         **parts,
     )

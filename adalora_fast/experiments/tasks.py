@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,22 +161,23 @@ def some_rows(total: int, count: int) -> list[int]:
 
 
 def held_out_rows(keys: Sequence[Hashable], fraction: float) -> set[int]:
-    """About `fraction` of the rows, and every row whose key equals that of one of them."""
+    """About `fraction` of the rows, always the same ones; rows with equal keys stay together.
+
+    Raises:
+        ValueError: the fraction is not between 0 and 1, or there are fewer than two keys.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the part held out is {fraction}; choose one between 0 and 1")
     groups: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
+    if len(groups) < 2:
+        raise ValueError("all rows have the same text, which cannot be on both sides; give more rows")
     order = list(groups.values())
     random.Random(0).shuffle(order)
-    held: set[int] = set()
-    for rows in order:
-        if len(held) >= fraction * len(keys):
-            break
-        held.update(rows)
-    if not 0 < len(held) < len(keys):
-        raise ValueError(
-            f"{fraction:g} of {len(keys)} rows leaves nothing to train or to tune on; give more data"
-        )
-    return held
+    sizes = list(accumulate(len(rows) for rows in order[:-1]))
+    count = 1 + min(range(len(sizes)), key=lambda i: abs(sizes[i] - fraction * len(keys)))
+    return {row for rows in order[:count] for row in rows}
 
 
 def get_task(name: str) -> Task:
@@ -187,17 +189,7 @@ def get_task(name: str) -> Task:
 
 def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
     """Read one split from `data_dir`, or from the hub where it is None, and check every label."""
-    if data_dir is None:
-        table, source, sample = _read_hub(task, split), f"{'/'.join(task.hub_address)}:{split}", False
-    else:
-        path = find_split_file(task, split, Path(data_dir).expanduser())
-        table, source, sample = _read_parquet(path), str(path), path.stem != split
-    for column in (*task.text_columns, "label"):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{source} has no column {column!r} (it has {', '.join(table.column_names)}); "
-                f"rename its columns to {', '.join((*task.text_columns, 'label'))}"
-            )
+    table, source, sample = read_table(task, split, data_dir, (*task.text_columns, "label"))
     labels = table.column("label").to_pylist()
     _check_labels(task, labels, source)
     texts = tuple(table.column(column).to_pylist() for column in task.text_columns)
@@ -208,6 +200,26 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
                 f"{source} row {bad}: {column} is {values[bad]!r}, not a text; remove or fix that row"
             )
     return Split(texts=texts, labels=labels, source=source, sample=sample)
+
+
+def read_table(
+    task: Task, split: str, data_dir: Path | None, columns: Sequence[str]
+) -> tuple["pyarrow.Table", str, bool]:
+    """(the table, where it is from, whether it is a sample) of one split that has these columns and some rows."""
+    if data_dir is None:
+        table, source, sample = _read_hub(task, split), f"{'/'.join(task.hub_address)}:{split}", False
+    else:
+        path = find_split_file(task, split, Path(data_dir).expanduser())
+        table, source, sample = _read_parquet(path), str(path), path.stem != split
+    for column in columns:
+        if column not in table.column_names:
+            raise ValueError(
+                f"{source} has no column {column!r} (it has {', '.join(table.column_names)}); "
+                f"rename its columns to {', '.join(columns)}"
+            )
+    if not table.num_rows:
+        raise ValueError(f"{source} has no rows; give a file with at least one")
+    return table, source, sample
 
 
 def find_split_file(task: Task, split: str, data_dir: Path) -> Path:
@@ -249,8 +261,6 @@ def _is_number(value: object, kind: type) -> bool:
 
 
 def _check_labels(task: Task, labels: list, source: str) -> None:
-    if not labels:
-        raise ValueError(f"{source} has no rows; give a file with at least one")
     if task.is_regression:
         allowed = "a finite number"
         bad = [row for row, y in enumerate(labels) if not _is_number(y, int | float) or not math.isfinite(y)]

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from . import metrics
 from .recipes import Recipe
@@ -132,18 +135,15 @@ def cached(
     """
     if rows < CACHED_ROWS:
         return Dataset.from_dict(encode())
-    vocabulary = getattr(tokenizer, "backend_tokenizer", None)
-    described = (
-        vocabulary.to_str() if vocabulary is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    parts = json.dumps([content, described, tokenizer.init_kwargs, settings], default=str)
+    parts = json.dumps([content, vocabulary_of(tokenizer), settings], sort_keys=True, default=str)
     folder = Path(os.environ.get("ADALORA_FAST_CACHE", "~/.cache/adalora_fast")).expanduser()
     path = folder / f"tokens-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
     if not path.is_dir():
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict(encode()).save_to_disk(draft)
+            with without_bars():
+                Dataset.from_dict(encode()).save_to_disk(draft)
         except OSError as error:
             raise type(error)(
                 f"cannot keep tokens in {folder} ({error.strerror or error}); set ADALORA_FAST_CACHE to another folder"
@@ -151,7 +151,29 @@ def cached(
         try:
             draft.rename(path)
         except OSError:  # another process was first
-            import shutil
-
             shutil.rmtree(draft, ignore_errors=True)
     return Dataset.load_from_disk(path)
+
+
+def vocabulary_of(tokenizer: Any) -> Any:
+    """Everything that decides which tokens a text becomes; not the length to which the last ones were cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    return {
+        key: value
+        for key, value in json.loads(backend.to_str()).items()
+        if key not in ("truncation", "padding")
+    }
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The progress display speaks for the whole program."""
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()

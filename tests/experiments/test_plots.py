@@ -12,8 +12,6 @@ import pytest
 from adalora_fast.experiments.models import FAMILIES
 from adalora_fast.experiments.plots import plot_ranks, rank_figure, rank_grid
 
-SIX = ["query", "key", "value", "attention output", "intermediate", "output"]
-
 
 def ranks(layers=3, start=0, family="bert"):
     names = [
@@ -34,9 +32,10 @@ def write_run(folder, saved, method="fisher", init_r=16):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grid(family):
+    expected = list(FAMILIES[family].matrices)
     grid, layers, matrices = rank_grid(ranks(family=family))
-    assert layers == [0, 1, 2] and matrices == SIX
-    assert np.array_equal(grid, np.arange(18).reshape(3, 6) % 17)
+    assert layers == [0, 1, 2] and matrices == expected
+    assert np.array_equal(grid, np.arange(3 * len(expected)).reshape(3, -1) % 17)
 
 
 def test_grid_of_part_of_the_matrices():

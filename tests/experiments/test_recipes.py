@@ -11,7 +11,8 @@ from adalora_fast.experiments.tasks import TASKS
 OTHER = {  # a value for every field that is not its default
     "epochs": 1.5, "learning_rate": 2e-4, "batch_size": 7, "max_length": 33, "weight_decay": 0.2, "warmup": 9,
     "max_grad_norm": 0.3, "init_r": 12, "target_r": 5, "scale": 3.0, "tinit": 4, "tfinal": 0.25, "deltaT": 6,
-    "orth_reg_weight": 0.7, "beta1": 0.6, "beta2": 0.65, "classifier_dropout": 0.35,
+    "orth_reg_weight": 0.7, "beta1": 0.6, "beta2": 0.65, "classifier_dropout": 0.35, "dropout": 0.15,
+    "precision": "bf16", "train_rows": 11, "evaluation_rows": 12, "stride": 13, "n_best": 3, "max_answer_length": 7,
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_the_task_goes_before_the_defaults_and_an_override_before_both(tmp_path)
     path = write(tmp_path, {"defaults": {"epochs": 4, "deltaT": 2}, "tasks": {"mrpc": {"epochs": 5}}})
     assert load_recipe(path, "mrpc").epochs == 5
     assert load_recipe(path, "rte").epochs == 4
-    changed = load_recipe(path, "mrpc", epochs=6, learning_rate=None)
+    changed = load_recipe(path, "mrpc", epochs=6)
     assert (changed.epochs, changed.deltaT, changed.learning_rate) == (6, 2, Recipe().learning_rate)
 
 
@@ -86,7 +87,7 @@ def test_packaged_recipes_name_only_tasks_that_exist():
     ],
 )
 def test_the_paper_recipe(task, expected):
-    recipe = load_recipe("paper", task)
+    recipe = load_recipe("adalora-glue", task)
     assert recipe.scale * recipe.init_r == pytest.approx(expected.pop("alpha"))
     assert {name: getattr(recipe, name) for name in expected} == expected
 
@@ -115,7 +116,7 @@ def test_a_target_above_the_start():
 
 def test_an_unknown_recipe_names_those_that_exist():
     with pytest.raises(
-        FileNotFoundError, match=r"no recipe 'nope'; choose default, .*paper, or give the path"
+        FileNotFoundError, match=r"no recipe 'nope'; choose adalora-glue, .*study-table2, or give"
     ):
         load_recipe("nope", "mrpc")
 

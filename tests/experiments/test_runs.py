@@ -12,7 +12,8 @@ from adalora_fast.experiments.runs import RunSettings, open_run
 SETTINGS = RunSettings(task="sst2", model="tiny")
 OTHER = {
     "task": "rte", "model": "other", "method": "lora", "score": "fisher", "smoothing": "sum",
-    "score_gradient": "task", "precision": "bf16", "seed": 1, "data_dir": "/data", "recipe": Recipe(epochs=9),
+    "score_gradient": "task", "seed": 1, "held_out": 0.1, "data_dir": "/data", "dtype": "bfloat16",
+    "attention": "eager", "compile": True, "recipe": Recipe(epochs=9),
 }  # fmt: skip
 
 
@@ -29,10 +30,11 @@ def names(path):
 
 def test_labels():
     labels = {"adalora": "sensitivity", "lora": "lora-r8", "head": "head-only", "full": "full"}
+    labels["peft"] = "peft-adalora"
     assert {method: replace(SETTINGS, method=method).label for method in runs.METHODS} == labels
 
 
-@pytest.mark.parametrize("name", ["method", "score_gradient", "precision"])
+@pytest.mark.parametrize("name", ["method", "score_gradient", "dtype"])
 def test_unknown_choices(name):
     with pytest.raises(ValueError, match=f"unknown {name} 'nope'; choose one of "):
         RunSettings(task="sst2", model="tiny", **{name: "nope"})
@@ -83,6 +85,7 @@ def test_other_settings_are_refused_by_name(tmp_path, name, finished):
 def test_every_setting_of_the_recipe_counts(tmp_path, name):
     complete(tmp_path / "run")
     others = {"target_r": 4, "classifier_dropout": 0.4, "beta1": 0.5, "beta2": 0.5}
+    others |= {"dropout": 0.2, "precision": "bf16", "train_rows": 5, "evaluation_rows": 5}
     value = others[name] if name in others else getattr(SETTINGS.recipe, name) * 2
     with pytest.raises(ValueError, match=rf"holds a run with recipe\.{name} = "):
         open_run(tmp_path / "run", replace(SETTINGS, recipe=replace(SETTINGS.recipe, **{name: value})))
@@ -173,3 +176,53 @@ def test_a_run_that_fails_at_the_last_moment_is_not_complete(tmp_path, monkeypat
     monkeypatch.undo()
     open_run(tmp_path / "run", SETTINGS).finish({"primary": 0.25})
     assert open_run(tmp_path / "run", SETTINGS).result == {"primary": 0.25}
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, 2.5])
+def test_a_part_held_out_that_is_none(fraction):
+    with pytest.raises(ValueError, match=f"held_out is {fraction}; it must be a fraction"):
+        replace(SETTINGS, held_out=fraction)
+
+
+def test_a_run_at_work_keeps_others_off(tmp_path):
+    folder, same = (open_run(tmp_path / "runs" / "run", SETTINGS) for _ in range(2))
+    with folder.locked():
+        with pytest.raises(BlockingIOError, match="another process is at work"), same.locked():
+            pytest.fail("both have it")
+        with open_run(tmp_path / "runs" / "other", SETTINGS).locked():  # a neighbour is free
+            pass
+    with same.locked():
+        pass
+    assert names(tmp_path / "runs") == []  # nothing is left lying
+
+
+def test_a_lock_that_its_owner_took_away_keeps_nobody_off(tmp_path, monkeypatch):
+    """A waits for the file that B is about to remove: what A gets then must not count."""
+    import fcntl
+
+    folder = open_run(tmp_path / "run", SETTINGS)
+    real = fcntl.flock
+
+    def removed_meanwhile(file, how):
+        (tmp_path / ".run.lock").unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with pytest.raises(BlockingIOError, match="has just worked"), folder.locked():
+        pytest.fail("it is no lock")
+
+
+def test_other_processes_of_a_distributed_run_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    folder = open_run(tmp_path / "run", SETTINGS)
+    with folder.locked():
+        folder.start()
+    folder.abandon()
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = open_run(tmp_path / "file" / "run", SETTINGS)
+    with pytest.raises(OSError, match="cannot write to .*; choose another --output"), folder.locked():
+        pytest.fail("written")

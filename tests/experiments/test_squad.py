@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from adalora_fast.experiments.squad import (
     evaluation_features,
-    hold_out,
     load_questions,
     training_features,
 )
@@ -137,11 +136,10 @@ def test_version_2_has_questions_without_an_answer(tmp_path):
 @given(
     contexts=st.lists(st.integers(0, 12), min_size=2, max_size=40).filter(lambda c: len(set(c)) > 1),
     fraction=st.floats(0.01, 0.99),
-    seed=st.integers(0, 5),
 )
-def test_no_context_is_on_both_sides(contexts, fraction, seed):
+def test_no_context_is_on_both_sides(contexts, fraction):
     split = questions(*((f"context {c}" + " " * (i % 2), str(i), None, 0) for i, c in enumerate(contexts)))
-    train, held_out = hold_out(split, fraction, seed)
+    train, held_out = split.hold_out(fraction)
     sides = [{context.strip() for context in side.contexts} for side in (train, held_out)]
     assert not sides[0] & sides[1] and sides[0] and sides[1]
     assert sorted(train.ids + held_out.ids) == sorted(split.ids)
@@ -151,22 +149,22 @@ def test_no_context_is_on_both_sides(contexts, fraction, seed):
     assert abs(len(held_out) - fraction * len(split)) <= largest  # within one context of the wish
 
 
-def test_holding_out_depends_on_the_seed_only():
+def test_the_same_rows_are_held_out_every_time():
     split = questions(*((f"context {i // 2}", str(i), None, 0) for i in range(40)))
-    first, second, third = (hold_out(split, 0.2, seed)[1].ids for seed in (0, 0, 1))
-    assert len(first) == 8 and first == second != third
+    assert len(split.hold_out(0.2)[1]) == 8
+    assert split.hold_out(0.2)[1].ids == split.hold_out(0.2)[1].ids != split.select(range(8)).ids
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, math.nan])
 def test_a_part_that_cannot_be_held_out(fraction):
     split = questions(("a", "?", None, 0), ("b", "?", None, 0))
     with pytest.raises(ValueError, match="between 0 and 1"):
-        hold_out(split, fraction)
+        split.hold_out(fraction)
 
 
 def test_one_context_cannot_be_split():
-    with pytest.raises(ValueError, match="one context only"):
-        hold_out(questions(("a", "?", None, 0), ("a ", "!", None, 0)), 0.5)
+    with pytest.raises(ValueError, match="all rows have the same text"):
+        questions(("a", "?", None, 0), ("a ", "!", None, 0)).hold_out(0.5)
 
 
 @every_tokenizer

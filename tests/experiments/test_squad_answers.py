@@ -1,4 +1,4 @@
-"""Question answering: from the logits of windows to answers, thresholds, and the real files."""
+"""Question answering: from the logits of windows to answers, and the real files."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from adalora_fast.experiments.squad import (
     load_questions,
     training_features,
 )
-from adalora_fast.experiments.squad_answers import Answer, best_threshold, decode, scores_at
+from adalora_fast.experiments.squad_answers import decode
 from tests.experiments.questions import (
     BERT,
     MAX_LENGTH,
@@ -220,56 +220,6 @@ def test_logits_of_other_features():
     more = questions(("the old moon", "new", "old", 4), ("the", "new", "the", 0))
     with pytest.raises(ValueError, match="'q1' has no window"):
         decode(more, features, starts, ends, unanswerable=False)
-
-
-def answers_with(no_answer):
-    return [
-        Answer(id=str(i), text="", span="x", score=0.0, no_answer=float(x), nbest=())
-        for i, x in enumerate(no_answer)
-    ]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(
-            st.integers(-3, 3) | st.floats(-5, 5),
-            st.sampled_from([0.0, 0.25, 2 / 3, 1.0]),
-            st.sampled_from([0.0, 1.0]),
-        ),
-        min_size=1,
-        max_size=12,
-    )
-)
-def test_the_best_threshold_is_the_best(rows):
-    no_answer, span_scores, null_scores = (np.array(column) for column in zip(*rows))
-    answers = answers_with(no_answer)
-    best = best_threshold(answers, span_scores, null_scores)
-    scores = scores_at(answers, span_scores, null_scores, best.value)
-    one_by_one = [n if a.at(best.value) == "" else s for a, s, n in zip(answers, span_scores, null_scores)]
-    assert scores.tolist() == one_by_one and best.score == scores.mean()
-    for other in (-math.inf, *no_answer, math.inf):
-        value = scores_at(answers, span_scores, null_scores, other).mean()
-        assert best.score >= value - 1e-9
-        # The lowest of the best; no answer at all is the same at any lower one.
-        assert other >= best.value or value < best.score or best.value < min(no_answer)
-
-
-def test_a_threshold_by_hand():
-    answers = answers_with([-4, -1, 0.5, 2, 3])
-    span, null = np.array([1, 0, 1, 0.5, 0]), np.array([0, 1, 0, 0, 1])
-    best = best_threshold(answers, span, null)
-    assert best.value == 2 and best.score == pytest.approx(3.5 / 5)
-    assert scores_at(answers, span, null, 0).mean() == pytest.approx(2 / 5)
-    never = best_threshold(answers, np.zeros(5), np.ones(5))
-    assert never.value < -4 and never.score == 1
-
-
-def test_scores_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"null_scores is \[1\] for 2 answers"):
-        best_threshold(answers_with([0, 1]), np.ones(2), np.ones(1))
-    with pytest.raises(ValueError, match="no answers"):
-        best_threshold([], np.ones(0), np.ones(0))
 
 
 def same_text(one, other):

@@ -1,6 +1,16 @@
 """Tables and reports made from result files, and from nothing else."""
 
+from typing import Any
+
 from .runs_table import find_runs, load_results, results_table
 
-
 __all__ = ["find_runs", "load_results", "results_table", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded only when it is asked for: training imports this package for its small table.
+    if name == "write_report":
+        from .write import write_report
+
+        return write_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -132,21 +132,13 @@ def _turned(contrast: Contrast) -> Contrast:
     )
 
 
-def best_of(contrasts: Contrasts, task: str, means: dict[str, float]) -> tuple[list[str], Contrast | None]:
-    """(the best arm alone where the 95 % interval of its lead over the second excludes 0, else all that
-    tie with it; the contrast of best and second).
-
-    An arm ties with the best where the interval of their difference holds 0, or there is none.
+def best_of(contrasts: Contrasts, task: str, means: dict[str, float]) -> list[str]:
+    """The arm with the highest mean alone, where the 95 % interval of its lead over the second excludes 0;
+    else with all that tie with it: the interval of their difference from it holds 0, or there is none.
     """
     order = sorted(means, key=lambda arm: -means[arm])
-    if len(order) < 2:
-        return order, None
-    lead = contrasts.between(task, order[0], order[1])
-    if lead is not None and lead.excludes_zero:
-        return order[:1], lead
-    tied = order[:1]
-    for arm in order[1:]:
-        against = contrasts.between(task, order[0], arm)
-        if against is None or not against.excludes_zero:
-            tied.append(arm)
-    return tied, lead
+    against = [contrasts.between(task, order[0], arm) for arm in order[1:]]
+    if against and against[0] is not None and against[0].excludes_zero:
+        return order[:1]
+    tied = [arm for arm, c in zip(order[1:], against, strict=True) if c is None or not c.excludes_zero]
+    return [*order[:1], *tied]

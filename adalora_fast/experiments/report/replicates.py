@@ -45,6 +45,11 @@ def task_replicates(sweep: Sweep, task: str, replicates: int, seed: int = 0) -> 
     whole = {key: 0.0 for key in total}
     for split in splits:
         examples = _examples(with_predictions, split, metric)
+        remarks += [
+            f"{task} {arm} seed {number} predicts the same for every example of {split}"
+            for (arm, number), predictions in examples.predictions.items()
+            if examples.labels is not None and np.ptp(predictions) == 0
+        ]
         generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(f"{task}/{split}".encode())]))
         for rows, counts in _blocks(examples.size, replicates, generator):
             for key, values in examples.on(counts):

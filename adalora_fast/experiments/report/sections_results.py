@@ -14,7 +14,7 @@ from .contrasts import AVERAGE, Contrast, Contrasts
 from .published import CONVENTIONS, PublishedTable, published_tables
 from .statistics import DIFFERS
 from .sweep import NULLS, Sweep
-from .tables import average_heading, is_sole_best, markdown, task_heading, task_name, winners
+from .tables import average_heading, markdown, metric_name, task_heading, task_name, winners
 
 PUBLISHED_MODEL = "deberta-v3-base"
 FOLDED = 12  # rows from which a table is folded away
@@ -33,7 +33,7 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
             cells[AVERAGE] = averages(sweep, arm).here
         rows.append([
             arm,
-            *(f"**{c.text()}**" if is_sole_best(best[t], arm, sweep) else c.text() for t, c in cells.items()),
+            *(f"**{c.text()}**" if best[t] == [arm] else c.text() for t, c in cells.items()),
         ])  # fmt: skip
     note = (
         f"At the end of training, in points: mean ± standard deviation (n − 1) over {len(sweep.plan.seeds)} "
@@ -83,7 +83,7 @@ def _details(sweep: Sweep) -> str:
         if len(names) > 1:
             for split, name in names:
                 part = split.removeprefix("validation").strip("_")
-                head.append(" ".join(filter(None, (task_name(task), part, name.replace("_", " ")))))
+                head.append(" ".join(filter(None, (task_name(task), part, metric_name(name)))))
                 columns.append((task, split, name))
     if not columns:
         return ""

@@ -5,6 +5,7 @@ from typing import Any
 from .sweep import Run, Sweep, commands_of, distinct
 from .tables import markdown, task_name
 
+STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
 GROWS = ("tasks", "arms", "seeds")
 SETTINGS = (
     "epochs", "learning_rate", "batch_size", "max_length", "weight_decay", "warmup", "init_r", "target_r",
@@ -133,15 +134,16 @@ def what_is_missing(sweep: Sweep, remarks: tuple[str, ...]) -> str:
     """Failed, unfinished and absent runs with their reason; what was found and not used."""
     parts = []
     if sweep.missing:
-        rows = [
-            (task_name(entry.task), entry.arm, entry.seed, entry.state, entry.reason or "–")
-            for entry in sweep.missing
-        ]
+        seeds: dict[tuple[str, ...], list[int]] = {}
+        for entry in sorted(sweep.missing, key=lambda entry: STATES.index(entry.state)):
+            key = (task_name(entry.task), entry.arm, entry.state, entry.reason or "–")
+            seeds.setdefault(key, []).append(entry.seed)
+        rows = [(*key[:2], ", ".join(map(str, own)), *key[2:]) for key, own in seeds.items()]
         parts.append(
             f"{len(sweep.missing)} planned run(s) are missing. Means are over the seeds that are there, "
             "marked with their number; averages over tasks are given for arms without a missing run only."
         )
-        parts.append(markdown(("task", "arm", "seed", "state", "reason"), rows, left=5))
+        parts.append(markdown(("task", "arm", "seeds", "state", "reason"), rows, left=5))
     else:
         parts.append("Nothing: every planned run is complete.")
     if sweep.unplanned:

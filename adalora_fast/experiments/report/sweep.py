@@ -201,8 +201,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def commands_of(sweep: Sweep) -> list[str]:
     """The distinct command lines of the plan and its runs, in that order."""
     places = [sweep.plan.environment, *(run.environment for run in sweep.runs.values())]
-    found = (place.get("command") for place in places)
-    return list(dict.fromkeys(shlex.join(map(str, words)) for words in found if isinstance(words, list)))
+    found = [place["command"] for place in places if isinstance(place.get("command"), list)]
+    lines = (shlex.join(map(str, words)) for words in found if words)
+    return list(dict.fromkeys(line.replace("__main__.py", "python -m adalora_fast", 1) for line in lines))
 
 
 def distinct(values: Iterable[Any]) -> str:

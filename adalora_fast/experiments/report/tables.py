@@ -17,13 +17,23 @@ NAMES = {
 }  # fmt: skip
 
 
+METRICS = {
+    "accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman",
+    "pearson_spearman": "Pearson/Spearman", "exact_match": "EM",
+}  # fmt: skip
+
+
+def metric_name(metric: str) -> str:
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
 def task_name(task: str) -> str:
     return NAMES.get(task, task)
 
 
 def task_heading(sweep: Sweep, task: str) -> str:
     """Such as "MRPC accuracy", with a star where a split is a sample of the official data."""
-    metric = sweep.primary_metric(task).replace("_", " ")
+    metric = metric_name(sweep.primary_metric(task))
     star = "*" if sweep.is_sample(task) else ""
     return " ".join(filter(None, (task_name(task), metric))) + star
 
@@ -135,14 +145,16 @@ def _rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 def winners(sweep: Sweep, contrasts: Contrasts) -> dict[str, list[str]]:
-    """By task (and "average"): the best arm, or all arms that tie for it; complete cells only."""
+    """By task (and "average"): the best arm, or all arms that tie for it; of complete cells only, and none
+    where there are not two of them.
+    """
     found = {}
     cells = {task: {a: primary_cell(sweep, task, a) for a in sweep.plan.arms} for task in sweep.plan.tasks}
     if len(sweep.plan.tasks) > 1:
         cells["average"] = {arm: averages(sweep, arm).here for arm in sweep.plan.arms}
     for task, own in cells.items():
         means = {arm: cell.mean for arm, cell in own.items() if cell.is_whole and cell.mean is not None}
-        found[task] = best_of(contrasts, task, means)[0]
+        found[task] = best_of(contrasts, task, means) if len(means) > 1 else []
     return found
 
 
@@ -177,11 +189,6 @@ def latex(sweep: Sweep, contrasts: Contrasts) -> str:
         row = [escape_latex(arm)]
         for task, cell in cells.items():
             text = escape_latex(cell.text())
-            row.append(f"\\textbf{{{text}}}" if is_sole_best(best[task], arm, sweep) else text)
+            row.append(f"\\textbf{{{text}}}" if best[task] == [arm] else text)
         lines.append(" & ".join(row) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
-
-
-def is_sole_best(best: list[str], arm: str, sweep: Sweep) -> bool:
-    """Whether an arm is to be shown in bold: alone at the top, of more than one."""
-    return best == [arm] and len(sweep.plan.arms) > 1

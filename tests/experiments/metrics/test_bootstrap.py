@@ -69,13 +69,15 @@ def test_a_resample_that_hardly_varies():
 
 @pytest.mark.parametrize("name", ["pearson", "spearman", "pearson_spearman", "matthews"])
 def test_constant_resamples_are_zero(name):
-    counts = np.array([[3, 0, 0], [0, 1, 0], [1, 1, 0], [0, 2, 1]])
-    labels, predictions = np.array([0.1, 0.3, 0.3]), np.array([0.3, 0.1, 0.3])  # 3 · 0.1 / 3 is not 0.1
+    """3 · 0.1 / 3 is not 0.1, nor is that of 0.2: both sides leave a rest that would correlate with ±1."""
+    labels, predictions = np.array([0.1, 0.2, 0.2, 0.1]), np.array([0.2, 0.1, 0.2, 0.1])
+    constant = [[3, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0], [0, 0, 0, 3], [0, 1, 0, 0], [0, 2, 1, 0]]
+    counts = np.array([[1, 1, 0, 0], *constant])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         values = bootstrap.statistic(name)(labels, predictions, counts)
-    assert values.tolist()[:2] == [0, 0] and values[3] == 0  # the labels of the last are constant
-    assert values[2] == pytest.approx(-1)
+    assert values[0] == pytest.approx(-1)
+    assert values[1:].tolist() == [0] * 6  # of the last, the labels alone are constant
 
 
 @pytest.mark.parametrize("name", ["mean", "exact_match"])

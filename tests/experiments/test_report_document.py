@@ -1,0 +1,330 @@
+"""The files of a sweep's report: what stands in them, and that nothing is dropped in silence."""
+
+import csv
+import json
+import re
+
+import pytest
+
+from adalora_fast.experiments.report import write_report
+from adalora_fast.experiments.report.cells import averages
+from adalora_fast.experiments.report.contrasts import compare_all
+from adalora_fast.experiments.report.sections_results import (
+    against_nulls,
+    beside_published,
+    how_compared,
+    pairwise,
+    results,
+)
+from adalora_fast.experiments.report.sections_run import what_was_run
+from adalora_fast.experiments.report.sweep import read_sweep
+from adalora_fast.experiments.report.tables import (
+    as_csv,
+    escape_latex,
+    escape_markdown,
+    latex,
+    result_rows,
+    winners,
+)
+from tests.experiments.sweeps import agreeing, write_json, write_plan, write_run, write_sweep
+
+RATES = {"sensitivity": 0.86, "fisher": 0.86, "lora": 0.8, "uniform": 0.8, "head": 0.7}
+SEEDS = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """MRPC with a failed run, RTE on a sample, and CoLA of which only the head is done; the files by name."""
+    folder = tmp_path_factory.mktemp("sweep") / "out"
+    write_plan(folder, tasks=["mrpc", "rte", "cola"], arms=list(RATES), seeds=SEEDS)
+    for seed in SEEDS:
+        for arm in RATES:
+            if (arm, seed) != ("uniform", 2):
+                write_run(folder, "mrpc", arm, seed, agreeing(RATES))
+            write_run(folder, "rte", arm, seed, agreeing(RATES), sample=True, rows=200)
+        write_run(folder, "cola", "head", seed, agreeing(RATES))
+    write_json(folder / "mrpc" / "uniform-seed2.failed.json", {"error": "ValueError: diverged | at 0.001"})
+    (folder / "cola" / ".lora-seed1.partial").mkdir()
+    files = write_report(folder, replicates=300)
+    return folder, {path.name: path for path in files}
+
+
+def section(text, title):
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_files(reported):
+    folder, files = reported
+    assert next(iter(files)) == "report.md" and all(
+        path.parent == folder / "report" for path in files.values()
+    )
+    figures = {
+        "contrasts",
+        "curves-mrpc",
+        "curves-rte",
+        "curves-cola",
+        "ranks-mrpc",
+        "ranks-rte",
+        "agreement",
+    }
+    expected = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
+    texts = {"report.md", "results.csv", "table.csv", "contrasts.csv", "table.tex"}
+    assert set(files) == expected | texts == {path.name for path in (folder / "report").iterdir()}
+    linked = re.findall(r"\]\(([^)]+\.png)\)", files["report.md"].read_text())
+    assert set(linked) == {name for name in expected if name.endswith("png")}
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_same_files_give_the_same_bytes(reported):
+    folder, files = reported
+    before = {name: path.read_bytes() for name, path in files.items()}
+    again = write_report(folder, replicates=300)
+    assert [path.name for path in again] == list(files)
+    assert {path.name: path.read_bytes() for path in again} == before
+
+
+def test_what_was_run(reported):
+    text = section(reported[1]["report.md"].read_text(), "What was run")
+    for words in (
+        "A sweep for tests.", "| model | minilm |", "MRPC, RTE*, CoLA", "| runs | 32 of 45 complete |",
+        "0123456789abcdef", "A Processor, 1 thread(s)", "2026-01-02T03:04:05+00:00",
+        "RTE | validation | a sample | 200",
+        "| MRPC | 3 | 0.001 |", "\\* Trained or evaluated on a sample",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_missing_runs_are_shown_with_their_reason(reported):
+    text = section(reported[1]["report.md"].read_text(), "Missing runs and remarks")
+    assert "13 planned run(s) are missing" in text
+    assert "| MRPC | uniform | 2 | failed | ValueError: diverged \\| at 0.001 |" in text
+    assert (
+        "| CoLA | lora | 1 | unfinished |" in text and "| CoLA | fisher | 0, 1, 2 | not started | – |" in text
+    )
+
+
+def test_results(reported):
+    text = section(reported[1]["report.md"].read_text(), "Results")
+    head = text.splitlines()[1]
+    assert "MRPC accuracy" in head and "RTE accuracy*" in head and "CoLA Matthews" in head
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert (
+        "(2 of 3 seeds)" in lines["uniform"] and lines["sensitivity"].count("–") == 2
+    )  # CoLA and the average
+    assert "MRPC: a tie of sensitivity, fisher." in text and "**" not in text  # equal arms: neither in bold
+    assert "average over the 3 tasks here (3 of GLUE's 8)" in head and "GLUE averages" not in text
+
+
+def test_contrasts_and_nulls(reported):
+    text = reported[1]["report.md"].read_text()
+    contrasts = section(text, "Pairwise contrasts")
+    assert "300 replicates" in contrasts and "With 3 seeds" in contrasts and "27 ways only" in contrasts
+    assert re.search(r"\| MRPC \| fisher − sensitivity \| equivalent within ±0.3 \| 3 \| 0.00 \|", contrasts)
+    nulls = section(text, "Scores against uniform, random and plain LoRA")
+    assert "Not in the plan: random." in nulls and "| MRPC | fisher |" in nulls
+
+
+def test_ranks_and_costs(reported):
+    text = reported[1]["report.md"].read_text()
+    stability = section(text, "Where rank goes: stability over seeds")
+    assert "| MRPC | sensitivity | 3 |" in stability and "uniform" not in stability.partition("![")[0]
+    agreement = section(text, "Where rank goes: agreement between arms")
+    assert "|  | sensitivity | fisher |" in agreement and "CoLA" not in agreement
+    assert "| CoLA | head | 12,345 | – | 40 | 10 | 12 |" in section(text, "Parameters and time")
+    again = section(text, "How to make it again")
+    assert "adalora-fast sweep --recipe tiny\nadalora-fast report out\n" in again
+
+
+def test_csv_files(reported):
+    _, files = reported
+    runs = rows_of(files["results.csv"])
+    assert len(runs) == 45 and sum(row["state"] == "complete" for row in runs) == 32
+    (failed,) = (row for row in runs if row["state"] == "failed")
+    assert failed["reason"] == "ValueError: diverged | at 0.001" and failed["primary"] == ""
+    result = json.loads((reported[0] / "mrpc" / "fisher-seed1" / "result.json").read_text())
+    (row,) = (row for row in runs if (row["task"], row["arm"], row["seed"]) == ("mrpc", "fisher", "1"))
+    assert float(row["primary"]) == result["primary"] and row["learning_rate"] == "0.001"
+    assert float(row["validation/f1"]) == result["metrics"]["validation"]["f1"]
+    table = rows_of(files["table.csv"])
+    (cell,) = (row for row in table if (row["arm"], row["task"]) == ("uniform", "mrpc"))
+    assert (cell["seeds"], cell["planned_seeds"]) == ("2", "3")
+    assert [row["mean"] for row in table if row["task"] == "average" and row["arm"] != "head"] == [""] * 4
+    contrasts = rows_of(files["contrasts.csv"])
+    assert len(contrasts) == 20  # ten pairs on MRPC and on RTE; one arm on CoLA, so no average
+    assert all(float(row["low_95"]) <= float(row["low_90"]) <= float(row["high_90"]) for row in contrasts)
+
+
+def test_latex(reported):
+    text = reported[1]["table.tex"].read_text()
+    body = text.partition("\\midrule")[2].partition("\\bottomrule")[0]
+    lines = [line for line in body.strip().splitlines()]
+    assert len(lines) == len(RATES) and {line.count("&") for line in lines} == {4}
+    assert "{lrrrr}" in text and "\\toprule" in text and "$\\pm$" in body and "±" not in body
+    assert text.count("{") == text.count("}") and text.startswith("% tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a_b & 5 %", r"a\_b \& 5 \%"),
+        ("a\\b{c}", r"a\textbackslash{}b\{c\}"),
+        ("x~^", r"x\textasciitilde{}\textasciicircum{}"),
+    ],
+)
+def test_latex_escapes(text, expected):
+    assert escape_latex(text) == expected
+
+
+def test_markdown_escapes():
+    assert escape_markdown("a|b\nc <script>") == "a\\|b c &lt;script>"
+
+
+def test_csv_keeps_commas_quotes_and_lines():
+    text = as_csv([{"a": 'x, "y"\nz', "b": None}])
+    assert list(csv.DictReader(text.splitlines(keepends=True))) == [{"a": 'x, "y"\nz', "b": ""}]
+    assert as_csv([]) == "\n"
+
+
+def test_a_clear_winner_is_bold_and_a_lone_arm_is_not(tmp_path):
+    sweep = read_sweep(
+        write_sweep(tmp_path / "a", {"sensitivity": 0.7, "fisher": 0.85}, tasks=["rte"], seeds=SEEDS)
+    )
+    contrasts = compare_all(sweep, 200)
+    assert re.search(r"\| fisher \| \*\*8.+\*\* \|", results(sweep, contrasts))
+    assert results(sweep, contrasts).count("**") == 2 and latex(sweep, contrasts).count("textbf") == 1
+    alone = read_sweep(write_sweep(tmp_path / "b", {"fisher": 0.85}, tasks=["rte"], seeds=SEEDS))
+    assert "**" not in results(alone, compare_all(alone, 20))
+    assert "There is nothing to compare yet" in pairwise(alone, compare_all(alone, 20))
+
+
+def test_an_arm_without_a_seed_is_not_the_best(tmp_path):
+    rates = {"sensitivity": 0.7, "fisher": 0.71, "gsnr": 0.9}
+    write_plan(tmp_path, tasks=["rte"], arms=list(rates), seeds=SEEDS)
+    for arm in rates:
+        for seed in SEEDS[: 2 if arm == "gsnr" else 3]:
+            write_run(tmp_path, "rte", arm, seed, agreeing(rates), rows=100)
+    sweep = read_sweep(tmp_path)
+    found = winners(sweep, compare_all(sweep, 100))["rte"]
+    assert found == ["sensitivity", "fisher"]  # alike on these rows; gsnr, far ahead, lacks a seed
+
+
+GLUE = ["mrpc", "sst2", "cola", "qqp", "qnli", "rte", "mnli", "stsb"]
+
+
+def predict(generator, labels, arm, seed):
+    if labels.dtype.kind == "f":
+        return labels + (generator.random(len(labels)) - 0.5) / 3
+    return agreeing({"sensitivity": 0.85, "magnitude": 0.8})(generator, labels, arm, seed)
+
+
+def test_both_glue_averages_by_hand(tmp_path):
+    write_plan(tmp_path, tasks=GLUE, arms=["sensitivity", "magnitude"], seeds=[0])
+    for task in GLUE:
+        for arm in ("sensitivity", "magnitude"):
+            write_run(tmp_path, task, arm, 0, predict, rows=50, model="microsoft/deberta-v3-base")
+    sweep = read_sweep(tmp_path)
+    runs = {task: sweep.runs[task, "sensitivity", 0].result for task in GLUE}
+    first = {task: 100 * result["primary"] for task, result in runs.items()}
+    m, mm = (100 * values["accuracy"] for values in runs["mnli"]["metrics"].values())
+    f1 = 100 * runs["qqp"]["metrics"]["validation"]["f1"]
+    six = sum(first[task] for task in ("mrpc", "sst2", "cola", "qnli", "rte", "stsb"))
+    found = averages(sweep, "sensitivity")
+    assert found.glue["nine"] == pytest.approx((six + first["qqp"] + m + mm) / 9)
+    assert found.glue["eight"] == pytest.approx((six + (first["qqp"] + f1) / 2 + (m + mm) / 2) / 8)
+    assert found.here.mean == pytest.approx(sum(first.values()) / 8)
+    text = beside_published(sweep)
+    assert "do not measure the same thing" not in text and "average (nine columns)" in text
+    assert f"{found.glue['nine']:.2f}" in text and "89.31" in text and "| Fisher | published |" in text
+    assert "One seed: the intervals" in how_compared(sweep, compare_all(sweep, 10))
+    assert "no uniform, random or lora arm" in against_nulls(sweep, compare_all(sweep, 10))
+
+
+def test_published_averages_stay_away_from_part_of_glue(reported):
+    text = section(reported[1]["report.md"].read_text(), "Beside published numbers")
+    assert "The published numbers are of deberta-v3-base, these are of minilm" in text
+    assert "RTE: trained or evaluated on a sample here" in text
+    assert (
+        "88.67" not in text
+        and "89.31" not in text
+        and "90.44" not in text.partition("AdaLoRA's paper")[0].partition("| fisher")[2]
+    )
+    assert "| fisher | here |" in text and "| Fisher | published | 89.46 |" in text
+
+
+def test_tuning(tmp_path):
+    tuning = {"learning_rates": [1e-3, 2e-3, 4e-3], "seeds": [100, 101], "held_out": 0.1}
+    folder = write_sweep(
+        tmp_path, {"sensitivity": 0.8, "lora": 0.8}, tasks=["rte"], seeds=[0], plan={"tuning": tuning}
+    )
+    assert "tuned.json is not there yet" in what_was_run(read_sweep(folder))
+    chosen = {
+        "sensitivity": {"learning_rate": 2e-3, "scores": {}},
+        "lora": {"learning_rate": 4e-3, "scores": {}},
+    }
+    write_json(folder / "tuned.json", {"rte": chosen})
+    text = what_was_run(read_sweep(folder))
+    assert "from 0.001, 0.002, 0.004 on 10% of the training data" in text and "| lora | 0.004 |" in text
+    assert "a better one may lie beyond, for lora on RTE." in text
+
+
+def test_a_plan_that_grew(tmp_path):
+    grown = [{"at": "2026-02-03T00:00:00+00:00", "tasks": [], "arms": ["lora"], "seeds": [3, 4]}]
+    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan={"amended": grown})
+    assert "The plan grew on 2026-02-03T00:00:00+00:00 by arms lora; seeds 3, 4." in what_was_run(
+        read_sweep(folder)
+    )
+
+
+def test_a_sweep_in_which_nothing_has_run(tmp_path):
+    write_plan(tmp_path, tasks=["mrpc", "rte"], arms=["sensitivity", "lora"], seeds=[0, 1])
+    files = write_report(tmp_path, tmp_path / "elsewhere", replicates=10)
+    text = files[0].read_text()
+    assert "0 of 4 complete" not in text and "| runs | 0 of 8 complete |" in text
+    assert "8 planned run(s) are missing" in text and {path.suffix for path in files} == {
+        ".md",
+        ".csv",
+        ".tex",
+    }
+    assert len(result_rows(read_sweep(tmp_path))) == 8
+
+
+def test_what_an_earlier_report_left_is_replaced_and_the_rest_stays(tmp_path):
+    write_plan(tmp_path, tasks=["mrpc"], arms=["sensitivity"], seeds=[0])
+    report = tmp_path / "report"
+    report.mkdir()
+    for name in ("ranks-gone.png", "mine.png", "notes.txt", "report.md"):
+        (report / name).write_text("x")
+    write_report(tmp_path, replicates=10)
+    assert (report / "ranks-gone.png").is_file()  # that report.md did not say that we had made it
+    write_report(tmp_path, replicates=10)
+    assert not (report / "ranks-gone.png").exists()
+    assert (report / "mine.png").is_file() and (report / "notes.txt").is_file()
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write_plan(tmp_path, tasks=["mrpc"], arms=["sensitivity"], seeds=[0])
+    (first, *_) = write_report(tmp_path, replicates=10)
+    before = first.read_text()
+
+    def broken(*arguments):
+        raise ValueError("no")
+
+    monkeypatch.setattr("adalora_fast.experiments.report.write.latex", broken)
+    with pytest.raises(ValueError, match="no"):
+        write_report(tmp_path, replicates=10)
+    assert first.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "report"]
+
+
+def test_a_file_in_the_way(tmp_path):
+    write_plan(tmp_path, tasks=["mrpc"], arms=["sensitivity"], seeds=[0])
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(ValueError, match="taken is a file; give a folder for the report"):
+        write_report(tmp_path, tmp_path / "taken")
+    with pytest.raises(ValueError, match="cannot write to"):
+        write_report(tmp_path, tmp_path / "taken" / "below")
