@@ -129,7 +129,7 @@ def ranks_of(model: nn.Module, settings: RunSettings) -> dict[str, int]:
             raise RuntimeError(
                 f"{settings.label}: PEFT's allocator never made its final mask; train for longer"
             )
-        return {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}
+        return {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
     if settings.method == "lora":
         modules = model.base_model.model.named_modules()
         return {name: layer.r["default"] for name, layer in modules if hasattr(layer, "lora_A")}

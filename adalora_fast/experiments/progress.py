@@ -55,13 +55,14 @@ class TrainingProgress:
         """A run of `steps` optimizer steps begins, `done` of them from an earlier attempt."""
         self._known.append(steps)
         if self._runs > 1:
-            # Runs to come are taken to be as long as those so far.
+            # The others are taken to be as long, on the mean, as those that trained here.
             mean = sum(self._known) / len(self._known)
-            total = sum(self._known) + mean * (self._runs - self._finished - 1)
+            before = mean * (self._finished - len(self._known) + 1) + sum(self._known[:-1])
+            total = before + steps + mean * (self._runs - self._finished - 1)
             if self._all is None:
                 self._all = self.bars.add_task("all runs", total=total, note="")
             note = f"run {self._finished + 1} of {self._runs}"
-            self.bars.update(self._all, total=total, completed=sum(self._known[:-1]) + done, note=note)
+            self.bars.update(self._all, total=total, completed=before + done, note=note)
         self._one = self.bars.add_task(label, total=steps, completed=done, note="")
 
     def advance(self) -> None:

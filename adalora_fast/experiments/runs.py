@@ -163,8 +163,10 @@ def _lock(path: Path) -> Iterator[None]:
         if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
             # Its owner has just finished and taken the file away: this lock keeps nobody off.
             raise BlockingIOError(f"another process has just worked on {path.parent}; try again")
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def open_run(path: Path | str, settings: RunSettings) -> RunFolder:

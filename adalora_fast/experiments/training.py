@@ -60,7 +60,7 @@ def _train(
     resumable: bool,
 ) -> dict[str, Any]:
     # PEFT's own AdaLoRA loses its statistics in a checkpoint: such a run begins again.
-    resumable = resumable and settings.method != "peft"
+    saves = resumable and settings.method != "peft"
     started = time.perf_counter()
     try:
         set_seed(settings.seed)
@@ -70,19 +70,18 @@ def _train(
         folder.start()
         recorder = Recorder(folder, settings, progress)
         trainer = build_trainer(
-            model, tokenizer, data, settings, workload, folder, recorder, resumable=resumable
+            model, tokenizer, data, settings, workload, folder, recorder, evaluates=resumable, saves=saves
         )
-        checkpoint = last_whole_checkpoint(folder) if resumable else None
+        checkpoint = last_whole_checkpoint(folder) if saves else None
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except (ValueError, OSError):
         folder.abandon()
         raise
     judged = {}
     for split in workload.evaluation:
-        predicted = trainer.predict(data[split], metric_key_prefix=f"eval_{split}")
+        values = trainer.evaluate(data[split], metric_key_prefix=f"eval_{split}")
         judged[split] = trainer.judged[split]
-        if f"eval_{split}_loss" in predicted.metrics:
-            judged[split].metrics["loss"] = predicted.metrics[f"eval_{split}_loss"]
+        judged[split].metrics["loss"] = values[f"eval_{split}_loss"]
     if not all(np.isfinite(value) for each in judged.values() for value in each.metrics.values()):
         raise ValueError(
             f"{settings.label} diverged: the evaluation loss is not finite at learning_rate "
@@ -160,7 +159,8 @@ def build_trainer(
     folder: RunFolder,
     recorder: Recorder,
     *,
-    resumable: bool,
+    evaluates: bool,
+    saves: bool,
 ) -> "ExperimentTrainer":
     """Trainer with dynamic padding, batches grouped by length, and none of its own output."""
     recipe = settings.recipe
@@ -180,8 +180,8 @@ def build_trainer(
         fp16=recipe.precision == "fp16",
         torch_compile=settings.compile,
         use_cpu=not torch.accelerator.is_available(),  # else mixed precision is refused where there is no GPU
-        eval_strategy="epoch" if resumable else "no",
-        save_strategy="epoch" if resumable else "no",
+        eval_strategy="epoch" if evaluates else "no",
+        save_strategy="epoch" if saves else "no",
         save_total_limit=1,
         logging_steps=max(1, min(10, steps // 10)),
         label_names=workload.label_names,

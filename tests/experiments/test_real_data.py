@@ -39,7 +39,10 @@ MAJORITY = {"cola": 721 / 1043, "sst2": 444 / 872, "mrpc": 279 / 408, "rte": 146
 
 def test_every_split_that_a_run_reads_is_listed():
     assert set(ROWS) == {
-        (name, split) for name, task in TASKS.items() for split in ("train", *task.evaluation)
+        (name, split)
+        for name, task in TASKS.items()
+        for split in ("train", *task.evaluation)
+        if task.kind != "question_answering"  # test_squad_answers.py
     }
 
 

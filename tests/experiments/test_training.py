@@ -43,9 +43,11 @@ def test_files(folders, label):
         label,
         {"adapter_config.json", "adapter_model.safetensors", "README.md", "adalora_allocator.safetensors"},
     )
-    expected = {"config.json", "metrics.jsonl", "ranks.json", "result.json"} | {
+    expected = {"config.json", "metrics.jsonl", "ranks.json", "result.json", "predictions.safetensors"} | {
         f"adapter/{f}" for f in adapter
     }
+    if label in ADAPTIVE:
+        expected.add("allocation.jsonl")
     assert files(folders / label) == expected
     assert not [path for path in folders.iterdir() if path.name.startswith(".")]
 
@@ -183,9 +185,9 @@ def test_the_seed_decides_the_new_head_and_the_order_of_the_data(
 ):
     heads = {}
 
-    def watch(model, run):
+    def watch(model, run, task):
         heads[run.seed, len(heads)] = model.classifier.weight.detach().clone()
-        return adapt(model, run)
+        return adapt(model, run, task)
 
     monkeypatch.setattr(training, "adapt", watch)
     for place, seed in enumerate((0, 1, 0)):
@@ -244,12 +246,66 @@ def test_regression_and_two_evaluation_splits(encoder, tmp_path):
 
 def test_texts_are_cut_to_the_recipe_length(encoder, data_dir):
     from adalora_fast.experiments.tasks import load_split
+    from adalora_fast.experiments.workloads import tokenize
 
     _, tokenizer = load_encoder(settings(encoder, data_dir), TASK)
     split = load_split(TASK, "train", data_dir)
-    lengths = [len(row) for row in training.tokenize(split, tokenizer, 6)["input_ids"]]
+    lengths = [len(row) for row in tokenize(split, tokenizer, 6)["input_ids"]]
     assert max(lengths) == 6 and min(lengths) >= 4
-    assert list(training.tokenize(split, tokenizer, 6)["labels"]) == split.labels
+    assert list(tokenize(split, tokenizer, 6)["labels"]) == split.labels
+
+
+def test_every_arm_sees_the_same_batches(encoder, data_dir, tmp_path, monkeypatch):
+    """Whatever random numbers an arm draws for its adapters: the seed and the epoch decide, and nothing else."""
+    orders = []
+    iterate = training.PairedOrder.__iter__
+
+    def watch(self):
+        order = list(iterate(self))
+        orders.append((self.epoch, order))
+        return iter(order)
+
+    monkeypatch.setattr(training.PairedOrder, "__iter__", watch)
+    for number, options in enumerate(({"method": "lora"}, {"method": "head"}, {"method": "head", "seed": 1})):
+        train(settings(encoder, data_dir, **options), tmp_path / str(number), resumable=False)
+    lora, head, other = orders[:2], orders[2:4], orders[4:]
+    assert lora == head and [epoch for epoch, _ in lora] == [0, 1]
+    assert lora[0][1] != lora[1][1] and lora[0][1] != other[0][1]
+    assert sorted(lora[0][1]) == list(range(40))
+
+
+def test_predictions_are_those_of_the_result(folders):
+    for label in RUNS:
+        result, arrays = (
+            read(folders / label, "result.json"),
+            load_file(folders / label / "predictions.safetensors"),
+        )
+        same = arrays["validation/labels"] == arrays["validation/predictions"]
+        assert same.double().mean().item() == pytest.approx(result["primary"])
+        assert arrays["validation/logits"].shape == (24, 2)
+        assert torch.equal(arrays["validation/logits"].argmax(1), arrays["validation/predictions"])
+
+
+@pytest.mark.parametrize("label", ADAPTIVE)
+def test_where_the_budget_went(folders, label):
+    saved, log = read(folders / label, "ranks.json")["ranks"], lines(folders / label, "allocation.jsonl")
+    assert [line["step"] for line in log] == list(range(1, 11))
+    assert all(sum(line["ranks"]) <= 4 * MATRICES for line in log)
+    assert log[-1]["ranks"] == list(saved.values()) and log[-1]["budget"] == 2 * MATRICES
+    scores = log[-1]["scores"]
+    assert scores["p10"] <= scores["p50"] <= scores["p90"] and scores["lowest_kept"] >= scores["p10"]
+    assert log[0]["scores"] is None  # no mask yet
+
+
+def test_pefts_own_allocation_decides_the_same(encoder, data_dir, folders, tmp_path):
+    """The control differs from `sensitivity` in speed alone, here too."""
+    result = train(settings(encoder, data_dir, "peft"), tmp_path / "run")
+    assert read(tmp_path / "run", "ranks.json") == read(folders / "sensitivity", "ranks.json")
+    ours = read(folders / "sensitivity", "result.json")
+    assert result["train_loss"] == pytest.approx(ours["train_loss"], rel=1e-5)
+    assert (
+        result["best_epoch"] is not None and result["arm"] == "peft" and result["total_rank"] == 2 * MATRICES
+    )
 
 
 def test_a_run_that_diverges_is_not_written_as_if_it_were_a_result(encoder, data_dir, tmp_path):

@@ -54,8 +54,8 @@ def read(folder: Path, name: str) -> Any:
     return strict_json((folder / name).read_text())
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [strict_json(line) for line in (folder / name).read_text().splitlines()]
 
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:
