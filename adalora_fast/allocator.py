@@ -330,8 +330,8 @@ class RankAllocator:
         return pattern
 
     def scores(self) -> Tensor | None:
-        """S of every triplet [T] at the last mask (semantics: s(λ) + mean s(P) + mean s(Q)), layer after layer;
-        None before the first.
+        """S of every triplet [T] at the last mask (semantics: s(λ) + mean s(P) + mean s(Q)), layer after
+        layer; None before the first.
         """
         return None if self._scores is None else self._scores.detach().clone()
 

@@ -45,8 +45,8 @@ class Demo:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """One run on one task, in one folder. A complete run is not run again; an interrupted one resumes. On several
-    GPUs: torchrun -m adalora_fast train ...
+    """One run on one task, in one folder. A complete run is not run again; an interrupted one resumes. On
+    several GPUs: torchrun -m adalora_fast train ...
     """
 
     task: str
@@ -112,7 +112,9 @@ class Sweep:
     tasks: tuple[str, ...] = ()
     """In place of the recipe's."""
     arms: tuple[str, ...] = ()
-    """In place of the recipe's: scores (fisher, fisher+sum, fisher+task, ...), uniform, random, peft, lora, full, head."""
+    """In place of the recipe's: scores (fisher, fisher+sum, fisher+task, ...), uniform, random, peft, lora,
+    full, head.
+    """
     seeds: tuple[int, ...] = ()
     """In place of the recipe's."""
     set: tuple[str, ...] = ()

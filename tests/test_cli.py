@@ -95,7 +95,8 @@ def test_train_again_and_report(capsys, here):
 
 
 def test_flags_reach_the_run(here, capsys):
-    flags = ["--init-r", "6", "--target-r", "3", "--lr", "0.002", "--epochs", "3", "--seed", "5"]
+    flags = ["--set", "init_r=6", "target_r=3", "learning_rate=0.002", "epochs=3", "train_rows=20"]
+    flags += ["--seed", "5", "--dtype", "bfloat16", "--attention", "eager"]
     flags += ["--score", "movement", "--smoothing", "sum", "--score-gradient", "task"]
     assert cli.main(train(*flags, output=None)) == 0
     (folder,) = (here / "runs" / "sst2").iterdir()
@@ -107,9 +108,11 @@ def test_flags_reach_the_run(here, capsys):
         "score_gradient": "task",
         "seed": 5,
         "method": "adalora",
+        "dtype": "bfloat16",
+        "attention": "eager",
     }
     assert {name: settings[name] for name in expected} == expected
-    recipe = SETTINGS | {"init_r": 6, "target_r": 3, "learning_rate": 0.002, "epochs": 3}
+    recipe = SETTINGS | {"init_r": 6, "target_r": 3, "learning_rate": 0.002, "epochs": 3, "train_rows": 20}
     assert {name: settings["recipe"][name] for name in recipe} == recipe
 
 
@@ -124,7 +127,7 @@ def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
     ("changes", "words"),
     [
         ({"task": "squid"}, "unknown task 'squid'; choose one of mrpc"),
-        ({"task": "mrpc"}, "no train.parquet or train_sample.parquet in data/mrpc; check --data-dir"),
+        ({"task": "mrpc"}, "no train.parquet or train_sample.parquet in {here}/data/mrpc; check --data-dir"),
         ({"data_dir": "/no/such/folder"}, "no train.parquet or train_sample.parquet in /no/such/folder/sst2"),
         (
             {"data_dir": None},
@@ -134,7 +137,7 @@ def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
         ({"model": "/no/such/model"}, "no model folder at /no/such/model; check --model"),
         ({"model": "data/"}, "has no config.json; give a folder written by save_pretrained"),
         ({"recipe": "nope"}, "no recipe 'nope'; choose default, "),
-        ({"data_dir": "two\nlines"}, "no train.parquet or train_sample.parquet in two lines/sst2"),
+        ({"data_dir": "two\nlines"}, "no train.parquet or train_sample.parquet in {here}/two lines/sst2"),
         ({"method": "prefix"}, "unknown method 'prefix'; choose one of adalora, lora, head, full"),
         ({"score": "luck"}, "score 'luck' is not one of"),
         ({"smoothing": "much"}, "smoothing 'much' is not one of"),
@@ -145,7 +148,7 @@ def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
     ],
 )
 def test_mistakes_before_anything_is_written(capsys, here, changes, words):
-    assert words in refused(capsys, train(**changes))
+    assert words.format(here=here) in refused(capsys, train(**changes))
     assert left_behind(here) == []
 
 
@@ -226,7 +229,7 @@ def test_a_place_that_cannot_be_written(capsys, here, monkeypatch):
 
     monkeypatch.setattr("adalora_fast.experiments.runs.Path.mkdir", refuse)
     line = refused(capsys, train())
-    assert f"cannot write to {here / 'out'} (Permission denied); choose another --output" in line
+    assert f"cannot write to {here} (Permission denied); choose another --output" in line
 
 
 @pytest.mark.parametrize("folder", [".", "nowhere", "data"])
@@ -246,6 +249,63 @@ def test_report_of_a_foreign_result(capsys, here, content):
 def test_brackets_in_a_path_are_shown(capsys, here):
     code, out, _ = run(capsys, train("--method", "head", output="a[b]/c"))
     assert code == 0 and f"run  {here}/a[b]/c" in out
+
+
+def sweep(*more, **changes):
+    options = {"recipe": "recipe.json", "model": "./bert", "data-dir": "data", "output": "out"} | changes
+    given = [[f"--{name}", str(value)] for name, value in options.items() if value is not None]
+    return ["sweep", *(word for pair in given for word in pair), *more]
+
+
+def test_a_sweep_and_its_report(capsys, here):
+    arguments = sweep("--tasks", "sst2", "--arms", "uniform", "head", "--seeds", "3", "--set", "epochs=1")
+    code, out, err = run(capsys, arguments)
+    assert code == 0 and err == "", err
+    assert "sweep: 2 runs, 0 of them complete already" in out and "adalora-fast report out" in out
+    code, out, _ = run(capsys, arguments)
+    assert code == 0 and "2 of them complete already" in out
+    code, out, err = run(capsys, ["report", "out"])
+    assert code == 0 and err == "" and "out/report/report.md" in out.replace("\n", "")
+    text = (here / "out" / "report" / "report.md").read_text()
+    assert "uniform" in text and "head" in text
+    code, out, _ = run(capsys, ["report", "out", "--output", "there"])
+    assert code == 0 and (here / "there" / "report.md").is_file()
+
+
+def test_a_sweep_with_a_failure_says_so_with_its_exit_code(capsys, here):
+    common = ["--tasks", "sst2", "--arms", "head", "--seeds", "0"]
+    blocked = here / "out" / "sst2" / ".head-seed0.partial"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder must be")
+    code, out, _ = run(capsys, sweep(*common))
+    assert code == 1 and "failed: sst2/head-seed0: FileExistsError: cannot write to" in out
+    assert (here / "out" / "sst2" / "head-seed0.failed.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--tasks", "squid"], "unknown task 'squid'"),
+        (["--arms", "fischer"], "unknown arm 'fischer'"),
+        (["--set", "epoch=3"], "cannot set 'epoch=3'; write <setting>=<value> with one of batch_size"),
+        (["--set", "epochs"], "cannot set 'epochs'"),
+        (["--set", "epochs=many"], "epochs is 'many'; it must be a finite number"),
+        (["--set", "precision=fp8"], "unknown precision 'fp8'; choose one of fp32, bf16, fp16"),
+        (["--dtype", "float8"], "unknown dtype 'float8'"),
+        (["--attention", "fast"], "attention"),
+    ],
+)
+def test_mistakes_in_a_sweep(capsys, here, more, words):
+    arguments = sweep(*more)
+    for name, value in (("--tasks", "sst2"), ("--arms", "head"), ("--seeds", "0")):
+        if name not in more:
+            arguments += [name, value]
+    if words == "attention":  # found when the model is loaded, and recorded as that run's error
+        code, out, _ = run(capsys, arguments)
+        assert code == 1 and "failed: sst2/head-seed0: ValueError:" in out and "fast" in out
+        return
+    assert words in refused(capsys, arguments)
+    assert left_behind(here) == []
 
 
 def test_demo_passes_its_flags_on(monkeypatch, here):
@@ -283,7 +343,7 @@ def test_an_interruption(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nope"], ["train"], ["train", "--task", "sst2", "--epochs", "many"]]
+    "arguments", [[], ["nope"], ["train"], ["train", "--task", "sst2", "--seed", "many"]]
 )
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
@@ -293,7 +353,7 @@ def test_wrong_usage(capsys, arguments):
     assert "Traceback" not in captured.err and captured.err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"]])
 def test_help_names_every_flag_and_there_are_fewer_than_fifteen(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

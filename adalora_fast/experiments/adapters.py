@@ -31,8 +31,8 @@ def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
 
 
 def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
-    """Freeze what `settings.method` freezes and add its adapters; the head (pooler included) is always trained
-    fully.
+    """Freeze what `settings.method` freezes and add its adapters; the head (pooler included) is always
+    trained fully.
     """
     model_type = model.config.model_type
     head = list(head_modules(model_type, task.kind))
@@ -137,8 +137,8 @@ def ranks_of(model: nn.Module, settings: RunSettings) -> dict[str, int]:
 
 
 def check_budget(ranks: dict[str, int], settings: RunSettings) -> int:
-    """The total rank; RuntimeError where it is not exactly target_r per adapted matrix. (PEFT's own allocator may
-    prune more: every triplet whose score equals the last one's.)
+    """The total rank; RuntimeError where it is not exactly target_r per adapted matrix. (PEFT's own allocator
+    may prune more: every triplet whose score equals the last one's.)
     """
     total, budget = sum(ranks.values()), settings.recipe.target_r * len(ranks)
     if total > budget or (total < budget and settings.method != "peft"):

@@ -4,7 +4,8 @@ sensitivity, movement, fisher, gsnr, magnitude   AdaLoRA with this score; "+ema"
                                                  "+ema_uncertainty" for another smoothing, "+task" to score
                                                  the gradient without the orthogonality term
 uniform, random                                  the nulls: the same start and schedule, but the triplets to
-                                                 keep are settled beforehand, equally many per matrix or by lot
+                                                 keep are settled beforehand, equally many per matrix or by
+                                                 lot
 peft                                             PEFT's own AdaLoRA
 lora, full, head                                 plain LoRA at the final rank, every weight, the head alone
 """
@@ -33,8 +34,8 @@ def parse_arm(arm: str) -> dict[str, Any]:
     register_nulls()
     if name not in score_names():
         raise ValueError(
-            f"unknown arm {arm!r}; choose one of {', '.join((*score_names(), *OTHER_METHODS))}, a score also with "
-            "+<smoothing> or +task"
+            f"unknown arm {arm!r}; choose one of {', '.join((*score_names(), *OTHER_METHODS))}, "
+            "a score also with +<smoothing> or +task"
         )
     asked: dict[str, Any] = {"method": "adalora", "score": name}
     for extra in extras:
@@ -59,7 +60,8 @@ def register_nulls() -> None:
 
 
 def uniform(w: Tensor, g: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """I = −i for λ_i, 0 for P and Q: whatever the budget, ranks differ by one at most, and the masks only grow.
+    """I = −i for λ_i, 0 for P and Q: whatever the budget, ranks differ by one at most, and the masks only
+    grow.
 
     w is [matrices, r, 1] for λ.
     """

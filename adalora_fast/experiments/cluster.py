@@ -20,8 +20,8 @@ def on_cluster(
 ) -> None:
     """Every run as a task of the cluster at `address` ("local" starts one here, "auto" finds a running one).
 
-    The folder of the sweep must be the same on all its machines. A run whose worker dies (out of memory, machine
-    gone) is started again there twice, and resumes. Errors go to `record`, and the others go on.
+    The folder of the sweep must be the same on all its machines. A run whose worker dies (out of memory,
+    machine gone) is started again there twice, and resumes. Errors go to `record`, and the others go on.
 
     Raises:
         ValueError: Ray is not installed, or the address does not answer.
@@ -41,8 +41,8 @@ def on_cluster(
             )
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise ValueError(
-                f"no Ray cluster answers at {address!r} ({' '.join(str(error).split())[:120]}); start one with "
-                "`ray start --head`, or give --ray local"
+                f"no Ray cluster answers at {address!r} ({' '.join(str(error).split())[:120]}); "
+                "start one with `ray start --head`, or give --ray local"
             ) from error
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
@@ -79,4 +79,5 @@ def run_remotely(settings: dict[str, Any], path: str) -> str:
     asked = RunSettings(**{**settings, "recipe": Recipe(**settings["recipe"])})
     with TrainingProgress(console=Console(quiet=True)) as progress:
         result = start_run(asked, Path(path), progress)
-    return f"{asked.task}/{asked.label} seed {asked.seed}: {result['primary_metric']} {result['primary']:.3f}, {result['seconds']:.0f} s"
+    outcome = f"{result['primary_metric']} {result['primary']:.3f}, {result['seconds']:.0f} s"
+    return f"{asked.task}/{asked.label} seed {asked.seed}: {outcome}"

@@ -74,9 +74,9 @@ class QuestionAnswering:
         return described
 
     def judge(self, split: str, outputs: Any) -> Judged:
-        """Exact match and F1 by the official rules, for v2.0 with threshold 0 on the score of "no answer" minus
-        that of the best span, and with the best threshold (`best_*`, chosen on this split). The answers written
-        down are the best spans, to which any threshold can be applied later.
+        """Exact match and F1 by the official rules, for v2.0 with threshold 0 on the score of "no answer"
+        minus that of the best span, and with the best threshold (`best_*`, chosen on this split). The answers
+        written down are the best spans, to which any threshold can be applied later.
         """
         questions = self.splits[split]
         answers = decode(
@@ -105,8 +105,8 @@ class QuestionAnswering:
 
 
 def in_fractions(official: dict[str, float]) -> dict[str, float]:
-    """The official scripts' output as fractions under the names of the tasks; thresholds stay what they are, counts
-    are left out.
+    """The official scripts' output as fractions under the names of the tasks; thresholds stay what they are,
+    counts are left out.
     """
     names = {name: name.replace("exact_match", "exact").replace("exact", "exact_match") for name in official}
     return {

@@ -6,10 +6,11 @@
      "grid": {"tasks": ["mrpc", ...], "arms": ["sensitivity", "lora", ...], "seeds": [0, 1, 2]},
      "tuning": {"learning_rates": [5e-4, ...], "seeds": [0, 1], "held_out": 0.1}}
 
-What an arm says goes before what a task says, and that before the defaults. `grid` is what a sweep runs; with `tuning`, every arm's learning rate is first chosen on a part of the training
-data that is held out. With the package come `study-table1` and `study-table2` (the score study: rank 16 to 8,
-three epochs), `adalora-glue` and `adalora-squad` (AdaLoRA's own scripts for DeBERTa-v3-base), `minilm-glue`
-and `minilm-squad` (for the packaged encoder).
+What an arm says goes before what a task says, and that before the defaults. `grid` is what a sweep runs; with
+`tuning`, every arm's learning rate is first chosen on a part of the training data that is held out. With the
+package come `study-table1` and `study-table2` (the score study: rank 16 to 8, three epochs), `adalora-glue`
+and `adalora-squad` (AdaLoRA's own scripts for DeBERTa-v3-base), `minilm-glue` and `minilm-squad` (for the
+packaged encoder).
 """
 
 import json
@@ -153,7 +154,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         tables += [content.get(part, {}) for part in ("tasks", "arms", "defaults", "grid", "tuning")]
     if not all(isinstance(table, dict) for table in tables):
         raise ValueError(
-            f"recipe {path} must hold objects: defaults, tasks and arms by name, grid, tuning; see the package's own"
+            f"recipe {path} must hold objects: defaults, tasks and arms by name, grid, tuning; "
+            "see the package's own"
         )
     if not all(isinstance(settings, dict) for table in tables[1:3] for settings in table.values()):
         raise ValueError(

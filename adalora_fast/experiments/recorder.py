@@ -14,8 +14,9 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (a line per log step or evaluation) and, where ranks are allocated, allocation.jsonl
-    (budget, ranks and spread of the importance scores per log step), and moves the progress bar.
+    """Writes metrics.jsonl (a line per log step or evaluation) and, where ranks are allocated,
+    allocation.jsonl (budget, ranks and spread of the importance scores per log step), and moves the progress
+    bar.
     """
 
     def __init__(self, folder: RunFolder, settings: RunSettings, progress: TrainingProgress) -> None:

@@ -55,8 +55,8 @@ class QuestionSplit:
         return replace(self.select(some_rows(len(self), count)), sample=True)
 
     def hold_out(self, fraction: float) -> tuple["QuestionSplit", "QuestionSplit"]:
-        """(the rest, about `fraction` of the rows), always the same ones. No context is on both sides: a question
-        about a passage that was trained on is no test.
+        """(the rest, about `fraction` of the rows), always the same ones. No context is on both sides: a
+        question about a passage that was trained on is no test.
         """
         held = held_out_rows([context.strip() for context in self.contexts], fraction)
         return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))

@@ -5,8 +5,8 @@
     OUT/<task>/<arm>-seed<seed>.failed.json      the error of one that failed
     OUT/tuning/<task>/<arm>-lr<rate>-seed<seed>/ OUT/tuned.json    with --tune
 
-The same command goes on where it was interrupted. Started several times, on machines that share the folder, the
-processes share the runs: each takes those that nobody is at work on.
+The same command goes on where it was interrupted. Started several times, on machines that share the folder,
+the processes share the runs: each takes those that nobody is at work on.
 """
 
 import json
@@ -182,8 +182,8 @@ def make_plan(
 
 
 def write_plan(plan: Plan, output: Path) -> None:
-    """Write plan.json before anything runs. One that is there already may grow by tasks, arms and seeds, which
-    is noted with the date; nothing else of it may change.
+    """Write plan.json before anything runs. One that is there already may grow by tasks, arms and seeds,
+    which is noted with the date; nothing else of it may change.
     """
     path, described = output / "plan.json", plan.described()
     if not path.is_file():
@@ -204,8 +204,8 @@ def write_plan(plan: Plan, output: Path) -> None:
     for name in sorted(described.keys() - {*GROWS, "primary"}):
         if same[name] != described[name]:
             raise ValueError(
-                f"{output} holds a sweep with another {name} ({_short(same[name])}, now {_short(described[name])}); "
-                "choose another --output"
+                f"{output} holds a sweep with another {name} ({_short(same[name])}, "
+                f"now {_short(described[name])}); choose another --output"
             )
     added = {name: [value for value in described[name] if value not in same[name]] for name in GROWS}
     if any(added.values()):
@@ -227,10 +227,16 @@ def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = N
     if plan.tuning is not None:
         runs = plan.tuning_runs(output)
         failed += carry_out(runs, console, ray=ray, title="tuning")
-        rates = plan.tuning.choose(
-            output, {(run.settings.task, run.settings.arm, run.settings.recipe.learning_rate, run.settings.seed):
-                     run.path for run in runs}, plan.tasks, plan.arms,
-        )  # fmt: skip
+        places = {
+            (
+                run.settings.task,
+                run.settings.arm,
+                run.settings.recipe.learning_rate,
+                run.settings.seed,
+            ): run.path
+            for run in runs
+        }
+        rates = plan.tuning.choose(output, places, plan.tasks, plan.arms)
     failed += carry_out(plan.runs(output, rates), console, ray=ray, title="sweep")
     return failed
 

@@ -205,7 +205,9 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
 def read_table(
     task: Task, split: str, data_dir: Path | None, columns: Sequence[str]
 ) -> tuple["pyarrow.Table", str, bool]:
-    """(the table, where it is from, whether it is a sample) of one split that has these columns and some rows."""
+    """(the table, where it is from, whether it is a sample) of one split that has these columns and some
+    rows.
+    """
     if data_dir is None:
         table, source, sample = _read_hub(task, split), f"{'/'.join(task.hub_address)}:{split}", False
     else:

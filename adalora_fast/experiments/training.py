@@ -37,8 +37,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Train, evaluate and write the folder `output`; return its result.
 
-    A folder that is already complete is not run again, an interrupted one resumes from its last epoch if it was
-    `resumable`.
+    A folder that is already complete is not run again, an interrupted one resumes from its last epoch if it
+    was `resumable`.
 
     Raises:
         BlockingIOError: another process is at work on this folder.
@@ -206,8 +206,8 @@ def build_trainer(
 
 
 class ExperimentTrainer(Trainer):
-    """Trainer whose data order depends on the seed and the epoch alone, so that every arm sees the same batches,
-    and whose metrics come from the workload.
+    """Trainer whose data order depends on the seed and the epoch alone, so that every arm sees the same
+    batches, and whose metrics come from the workload.
     """
 
     def __init__(self, *, workload: Workload, **options: Any) -> None:

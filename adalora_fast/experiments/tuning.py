@@ -1,4 +1,6 @@
-"""The learning rate of every arm, chosen on a part of the training data before the development set is looked at."""
+"""The learning rate of every arm, chosen on a part of the training data before the development set is looked
+at.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +74,8 @@ class Tuning:
                         scores[rate] = float(np.mean([read_json(result)["primary"] for result in results]))
                 if not scores:
                     raise ValueError(
-                        f"no learning rate of {list(self.learning_rates)} worked for {arm} on {task}; see the "
-                        f".failed.json files in {output / 'tuning' / task}"
+                        f"no learning rate of {list(self.learning_rates)} worked for {arm} on {task}; "
+                        f"see the .failed.json files in {output / 'tuning' / task}"
                     )
                 best = max(scores, key=lambda rate: (scores[rate], -rate))
                 tuned.setdefault(task, {})[arm] = {

@@ -1,4 +1,4 @@
-"""What a task asks of training and evaluation: the columns a model is given, and what is made of its outputs."""
+"""What a task asks of training and evaluation: the columns a model is given, what is made of its outputs."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ class Workload(Protocol):
 
 @dataclass(kw_only=True)
 class Classification:
-    """Classification or regression of a text or a pair of texts. `load` is called when the data are needed."""
+    """Classification or regression of texts or pairs of them. `load` is called when the data are needed."""
 
     task: Task
     load: Callable[[], dict[str, Split]]
@@ -146,7 +146,8 @@ def cached(
                 Dataset.from_dict(encode()).save_to_disk(draft)
         except OSError as error:
             raise type(error)(
-                f"cannot keep tokens in {folder} ({error.strerror or error}); set ADALORA_FAST_CACHE to another folder"
+                f"cannot keep tokens in {folder} ({error.strerror or error}); "
+                "set ADALORA_FAST_CACHE to another folder"
             ) from error
         try:
             draft.rename(path)

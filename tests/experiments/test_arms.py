@@ -1,5 +1,7 @@
 """Short names for ways to train, and the nulls: allocations that look at nothing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -74,7 +76,7 @@ def allocated(score, *, seed=0, target_r=3, steps=12, grow=1.0):
 def test_uniform_gives_every_matrix_the_same_rank_and_only_prunes():
     patterns, ranks = allocated("uniform")
     assert ranks == [3, 3, 3]
-    for before, after in zip(patterns, patterns[1:]):
+    for before, after in pairwise(patterns):
         assert all(b or not a for b, a in zip(before, after, strict=True))  # nothing comes back
         per_layer = [sum(after[i : i + 6]) for i in (0, 6, 12)]
         assert max(per_layer) - min(per_layer) <= 1
@@ -84,7 +86,7 @@ def test_random_depends_on_the_seed_and_on_nothing_else():
     (first, ranks), (again, _), (other, _) = (allocated("random", seed=seed) for seed in (0, 0, 1))
     assert sum(ranks) == 9 and first == again and first[-1] != other[-1]
     assert allocated("random", grow=3.0)[0] == first  # other weights and gradients, the same lot
-    for before, after in zip(first, first[1:]):
+    for before, after in pairwise(first):
         assert all(b or not a for b, a in zip(before, after, strict=True))
 
 

@@ -80,7 +80,8 @@ def test_version_2_counts_questions_without_answer_apart(tmp_path, encoder, toke
     assert work.describe()["validation"]["unanswerable"] == 2
     right = work.judge("validation", oracle(work, "validation"))
     assert right.metrics["f1"] == right.metrics["best_f1"] == right.metrics["NoAns_exact_match"] == 1.0
-    # "no answer" to one that has one: lost at threshold 0, and won back by the best threshold only if it can be.
+    # "no answer" to one that has one: lost at threshold 0, and won back by the best threshold only if it can
+    # be.
     wrong = work.judge("validation", oracle(work, "validation", null=(0,)))
     assert wrong.metrics["exact_match"] == pytest.approx(5 / 6)
     assert wrong.metrics["HasAns_exact_match"] == pytest.approx(3 / 4)

@@ -12,7 +12,8 @@ OTHER = {  # a value for every field that is not its default
     "epochs": 1.5, "learning_rate": 2e-4, "batch_size": 7, "max_length": 33, "weight_decay": 0.2, "warmup": 9,
     "max_grad_norm": 0.3, "init_r": 12, "target_r": 5, "scale": 3.0, "tinit": 4, "tfinal": 0.25, "deltaT": 6,
     "orth_reg_weight": 0.7, "beta1": 0.6, "beta2": 0.65, "classifier_dropout": 0.35, "dropout": 0.15,
-    "precision": "bf16", "train_rows": 11, "evaluation_rows": 12, "stride": 13, "n_best": 3, "max_answer_length": 7,
+    "precision": "bf16", "train_rows": 11, "evaluation_rows": 12, "stride": 13, "n_best": 3,
+    "max_answer_length": 7,
 }  # fmt: skip
 
 

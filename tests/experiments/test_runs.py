@@ -221,8 +221,8 @@ def test_other_processes_of_a_distributed_run_write_nothing(tmp_path, monkeypatc
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_place_where_no_lock_can_be(tmp_path):
     (tmp_path / "file").write_text("")
     folder = open_run(tmp_path / "file" / "run", SETTINGS)
-    with pytest.raises(OSError, match="cannot write to .*; choose another --output"), folder.locked():
+    with pytest.raises(OSError, match=r"cannot write to .*; choose another --output"), folder.locked():
         pytest.fail("written")

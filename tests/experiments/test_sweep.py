@@ -1,4 +1,6 @@
-"""Sweeps: planned before they run, complete or recorded as failed, shared by processes, resumable after a kill."""
+"""Sweeps: planned before they run, complete or recorded as failed, shared by processes, resumable after a
+kill.
+"""
 
 import json
 import os
@@ -11,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from adalora_fast.experiments import sweep
+from adalora_fast.experiments.recipes import RECIPES
 from adalora_fast.experiments.runs import open_run, read_json
 from adalora_fast.experiments.sweep import make_plan, run_sweep, write_plan
 from tests.experiments.tiny import printed, quiet_console, write_sst2
 
 GRID = {"tasks": ["sst2"], "arms": ["sensitivity", "lora"], "seeds": [0, 1]}
 DEFAULTS = {
-    "epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "max_length": 16, "init_r": 4, "target_r": 2, "deltaT": 2,
-    "tinit": 2, "tfinal": 4,
+    "epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "max_length": 16, "init_r": 4, "target_r": 2,
+    "tinit": 2, "tfinal": 4, "deltaT": 2,
 }  # fmt: skip
 
 
@@ -44,7 +47,7 @@ def plan(recipe, encoder, data_dir):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Instead of training: a result at once; `pretend.does[arm]` may do something else. Keeps what was run."""
+    """Instead of training: a result at once, or what `pretend.does[arm]` does. Keeps what was run."""
 
     def start(settings, path, progress):
         pretend.ran.append(f"{settings.arm}-{settings.seed}-{settings.recipe.learning_rate:g}")
@@ -201,13 +204,12 @@ def test_a_plan_that_cannot_be(plan, options, message):
 
 def test_mistakes_in_the_data_show_before_the_first_run(plan, tmp_path, pretend):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no train.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"no train\.parquet"):
         carry_out(plan(data_dir=tmp_path / "empty"), tmp_path / "out")
     assert pretend.ran == [] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["study-table1", "study-table2", "adalora-glue", "adalora-squad", "minilm-glue",
-                                  "minilm-squad"])  # fmt: skip
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
 def test_the_packaged_recipes_are_sweeps(name):
     plan = make_plan(recipe=name, tune=name.startswith("minilm"))
     runs = plan.runs(Path("out"))
@@ -260,12 +262,14 @@ def test_no_rate_works(plan, tmp_path, pretend):
         raise ValueError("diverged")
 
     pretend.does["lora"] = fail
-    with pytest.raises(ValueError, match="no learning rate of .* worked for lora on sst2"):
+    with pytest.raises(ValueError, match=r"no learning rate of .* worked for lora on sst2"):
         carry_out(plan(content={"tuning": TUNING}, tune=True, arms=["lora"]), tmp_path / "out")
 
 
 def test_kill_in_mid_sweep_and_run_again(recipe, encoder, tmp_path):
-    """SIGKILL while the second run trains: the first stays, the second resumes, the rest is done; then nothing."""
+    """SIGKILL while the second run trains: the first stays, the second resumes, the rest is done; then
+    nothing.
+    """
     data = write_sst2(tmp_path / "data", train=80)
     command = [sys.executable, "-m", "adalora_fast", "sweep", "--recipe", recipe(), "--model", str(encoder),
                "--data-dir", str(data), "--output", str(tmp_path / "out"), "--seeds", "0",

@@ -256,7 +256,7 @@ def test_texts_are_cut_to_the_recipe_length(encoder, data_dir):
 
 
 def test_every_arm_sees_the_same_batches(encoder, data_dir, tmp_path, monkeypatch):
-    """Whatever random numbers an arm draws for its adapters: the seed and the epoch decide, and nothing else."""
+    """Whatever random numbers an arm draws for its adapters: the seed and the epoch decide the order."""
     orders = []
     iterate = training.PairedOrder.__iter__
 

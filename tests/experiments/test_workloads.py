@@ -96,7 +96,7 @@ def test_a_cache_that_cannot_be_written(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(workloads, "CACHED_ROWS", 1)
-    with pytest.raises(OSError, match="cannot keep tokens in .*; set ADALORA_FAST_CACHE to another folder"):
+    with pytest.raises(OSError, match=r"cannot keep tokens in .*; set ADALORA_FAST_CACHE to another folder"):
         cached(lambda: {"a": [1]}, 1, ["x"], tokenizer)
 
 
