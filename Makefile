@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV): the package and the pinned versions of constraints.txt. PyTorch is large: this takes a minute or more."
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make PYTHON=python3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,quantized,dev]'; \
+	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,quantized,cluster,dev]'; \
 	  echo "$(VENV) is ready after $$((SECONDS - began)) s: $$($(BIN)/python -c 'import sys, torch; print("Python", sys.version.split()[0], "and PyTorch", torch.__version__)')"
 	@touch $@
 
@@ -95,9 +95,9 @@ aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and wr
 lock: ## resolve every dependency afresh into constraints.txt
 	@place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
 	$(PYTHON) -m venv "$$place/venv"; \
-	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,quantized,dev]'; \
+	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,quantized,cluster,dev]'; \
 	"$$place/venv/bin/python" -m pip check; \
-	{ echo "# Every dependency of adalora-fast[demo,experiments,quantized,dev], pinned. Made by \`make lock\`; do not edit."; \
+	{ echo "# Every dependency of adalora-fast[demo,experiments,quantized,cluster,dev], pinned. Made by \`make lock\`; do not edit."; \
 	  echo "# triton is the version that torch's CUDA build asks for; its CPU build takes any."; \
 	  "$$place/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip \
 	    | sed 's/+[^ ]*$$//' | grep -vE '^(nvidia|cuda)-'; } > "$$place/constraints.txt"; \

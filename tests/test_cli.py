@@ -100,7 +100,7 @@ def test_flags_reach_the_run(here, capsys):
     flags += ["--score", "movement", "--smoothing", "sum", "--score-gradient", "task"]
     assert cli.main(train(*flags, output=None)) == 0
     (folder,) = (here / "runs" / "sst2").iterdir()
-    assert folder.name == "bert-movement-seed5"  # runs/<task>/<model>-<method>-seed<seed>
+    assert folder.name == "bert-movement+sum+task-seed5"  # runs/<task>/<model>-<method>-seed<seed>
     settings = json.loads((folder / "config.json").read_text())["settings"]
     expected = {
         "score": "movement",
@@ -136,15 +136,15 @@ def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
         ({"model": "./nowhere"}, "no model folder at nowhere; check --model"),
         ({"model": "/no/such/model"}, "no model folder at /no/such/model; check --model"),
         ({"model": "data/"}, "has no config.json; give a folder written by save_pretrained"),
-        ({"recipe": "nope"}, "no recipe 'nope'; choose default, "),
+        ({"recipe": "nope"}, "no recipe 'nope'; choose adalora-glue, "),
         ({"data_dir": "two\nlines"}, "no train.parquet or train_sample.parquet in {here}/two lines/sst2"),
-        ({"method": "prefix"}, "unknown method 'prefix'; choose one of adalora, lora, head, full"),
+        ({"method": "prefix"}, "unknown method 'prefix'; choose one of adalora, peft, lora, head, full"),
         ({"score": "luck"}, "score 'luck' is not one of"),
         ({"smoothing": "much"}, "smoothing 'much' is not one of"),
         ({"score_gradient": "some"}, "unknown score_gradient 'some'; choose one of total, task"),
-        ({"target_r": 9}, "target_r (9) is larger than init_r (4); raise init_r"),
-        ({"epochs": 0}, "epochs is 0.0; it must be greater than 0"),
-        ({"learning_rate": -1}, "learning_rate is -1.0; it must be greater than 0"),
+        ({"set": "target_r=9"}, "target_r (9) is larger than init_r (4); raise init_r"),
+        ({"set": "epochs=0"}, "epochs is 0; it must be greater than 0"),
+        ({"set": "learning_rate=-1"}, "learning_rate is -1; it must be greater than 0"),
     ],
 )
 def test_mistakes_before_anything_is_written(capsys, here, changes, words):
@@ -258,7 +258,7 @@ def sweep(*more, **changes):
 
 
 def test_a_sweep_and_its_report(capsys, here):
-    arguments = sweep("--tasks", "sst2", "--arms", "uniform", "head", "--seeds", "3", "--set", "epochs=1")
+    arguments = sweep("--tasks", "sst2", "--arms", "uniform", "head", "--seeds", "3")
     code, out, err = run(capsys, arguments)
     assert code == 0 and err == "", err
     assert "sweep: 2 runs, 0 of them complete already" in out and "adalora-fast report out" in out

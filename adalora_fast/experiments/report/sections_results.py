@@ -119,7 +119,7 @@ def beside_published(sweep: Sweep) -> str:
         if own:
             parts.append(own)
     if len(parts) == len(warnings):
-        return "No published table has the tasks and arms of this sweep."
+        return "No published table has the tasks of this sweep and those of its arms whose runs are complete."
     return "\n\n".join(parts)
 
 
