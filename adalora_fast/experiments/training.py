@@ -185,11 +185,14 @@ def build_trainer(
         save_total_limit=1,
         logging_steps=max(1, min(10, steps // 10)),
         label_names=workload.label_names,
+        average_tokens_across_devices=False,  # these heads average their loss: it must not count once per process
         report_to="none",
         disable_tqdm=True,
         log_level="error",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several visible GPUs without torchrun would multiply the batch (DataParallel)
     callbacks: list[TrainerCallback] = [*training_callbacks(settings), recorder]
     trainer = ExperimentTrainer(
         workload=workload,

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from adalora_fast.experiments.recipes import Recipe
+from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import TASKS, load_split
+from tests.experiments.training import train
 
 DATA = Path(os.environ.get("ADALORA_FAST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(
@@ -66,3 +69,18 @@ def test_rows(name, split):
         assert sum(counts.values()) == len(loaded)
         if split == "validation" and name in MAJORITY:
             assert max(counts.values()) / len(loaded) == pytest.approx(MAJORITY[name])
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("mrpc", {"accuracy", "f1"}), ("squad", {"exact_match", "f1"})]
+)
+def test_a_run_on_real_rows(encoder, tmp_path, task, metrics):
+    """From the real file to a folder with a result that says it is a sample."""
+    if not (DATA / task / "train.parquet").is_file():
+        pytest.skip(f"no {task} in the data folder")
+    recipe = Recipe(epochs=1, max_length=40, stride=8, batch_size=16, init_r=4, target_r=2, tinit=1, tfinal=1,
+                    deltaT=1, train_rows=80, evaluation_rows=30)  # fmt: skip
+    run = RunSettings(task=task, model=str(encoder), data_dir=str(DATA), recipe=recipe)
+    result = train(run, tmp_path / "run")
+    assert result["sample"] and result["splits"]["validation"]["rows"] == 30 and result["total_rank"] == 24
+    assert set(result["metrics"]["validation"]) == metrics | {"loss"}
