@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from adalora_fast.schedule import BudgetSchedule
+
 from .arms import register_nulls
 from .encoders import load_model
 from .models import head_modules, target_modules
@@ -105,11 +107,23 @@ class PeftAllocation(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         tuner = model.base_model
         config = tuner.peft_config[tuner.trainable_adapter_name]
+        if args.fp16:
+            raise ValueError(
+                "PEFT's own AdaLoRA keeps an fp16 overflow in its statistics for good; use precision=bf16"
+            )
         config.tinit, config.tfinal = (
             int(steps * state.max_steps) if isinstance(steps, float) else steps
             for steps in (self.tinit, self.tfinal)
         )
         config.deltaT, config.total_step = self.deltaT, state.max_steps
+        BudgetSchedule(  # refuses a schedule that does not fit, in one line, as for the other arms
+            initial=config.init_r,
+            target=config.target_r,
+            tinit=config.tinit,
+            tfinal=config.tfinal,
+            deltaT=self.deltaT,
+            total_step=state.max_steps,
+        )
         tuner.rankallocator.set_total_step(state.max_steps)
 
     def on_optimizer_step(
@@ -151,6 +165,9 @@ def check_budget(ranks: dict[str, int], settings: RunSettings) -> int:
 def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:
     """`save_pretrained` of an adapter or a full model; only the trained tensors of a head."""
     if settings.method != "head":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         model.save_pretrained(folder)
         return
     from safetensors.torch import save_file

@@ -37,6 +37,10 @@ def parse_arm(arm: str) -> dict[str, Any]:
             f"unknown arm {arm!r}; choose one of {', '.join((*score_names(), *OTHER_METHODS))}, "
             "a score also with +<smoothing> or +task"
         )
+    if name in NULLS and extras:
+        raise ValueError(
+            f"unknown arm {arm!r}; {name} looks at nothing, so it has no smoothing and no gradient"
+        )
     asked: dict[str, Any] = {"method": "adalora", "score": name}
     for extra in extras:
         if extra == "task" and "score_gradient" not in asked:

@@ -1,7 +1,10 @@
 """A sweep on a Ray cluster: one run per GPU, or per processor where there is none."""
 
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +12,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from .sweep import Planned
+
+BUSY_SECONDS = 5
 
 
 def on_cluster(
@@ -47,7 +52,8 @@ def on_cluster(
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(run_remotely)
-        waiting = {remote.remote(asdict(run.settings), str(run.path)): run for run in runs}
+        submit = partial(remote.remote, command=sys.argv)
+        waiting = {submit(asdict(run.settings), str(run.path)): run for run in runs}
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1)
             run = waiting.pop(finished[0])
@@ -55,6 +61,10 @@ def on_cluster(
                 line = ray.get(finished[0])
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
+                if isinstance(cause, BlockingIOError):  # another sweep is at work on it
+                    time.sleep(BUSY_SECONDS)
+                    waiting[submit(asdict(run.settings), str(run.path))] = run
+                    continue
                 record(run, cause)
                 line = f"{run.name}: failed: {type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
             else:
@@ -65,8 +75,8 @@ def on_cluster(
             ray.shutdown()
 
 
-def run_remotely(settings: dict[str, Any], path: str) -> str:
-    """In a worker: one run, and the line that says how it went."""
+def run_remotely(settings: dict[str, Any], path: str, command: list[str]) -> str:
+    """In a worker: one run, and the line that says how it went. `command` is what the user typed."""
     import torch
 
     from .progress import TrainingProgress
@@ -74,6 +84,7 @@ def run_remotely(settings: dict[str, Any], path: str) -> str:
     from .runs import RunSettings
     from .single import start_run
 
+    sys.argv = command  # what config.json shows
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # one run per processor
     asked = RunSettings(**{**settings, "recipe": Recipe(**settings["recipe"])})

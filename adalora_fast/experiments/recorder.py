@@ -116,7 +116,9 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draft = path.with_name(f".{path.name}")
+    draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draft.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -51,6 +51,12 @@ class RunSettings:
         _require("method", self.method, METHODS)
         _require("score_gradient", self.score_gradient, ("total", "task"))
         _require("dtype", self.dtype, DTYPES)
+        if self.method == "full" and self.dtype != "float32":
+            raise ValueError(
+                f"dtype {self.dtype!r} is for frozen weights, and full trains all; use --set precision=bf16"
+            )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed!r} is not an integer from 0 to {2**32 - 1}; choose another")
         if not 0 <= self.held_out < 1:
             raise ValueError(
                 f"held_out is {self.held_out}; it must be a fraction of the training data below 1"
@@ -143,7 +149,11 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, remove what was only needed for resuming, and give the folder its name."""
         write_json(self.working / "result.json", result)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if self.checkpoints.is_dir():  # renamed first: one that is half gone must not be resumed from
+            gone = self.working / "gone"
+            shutil.rmtree(gone, ignore_errors=True)
+            self.checkpoints.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
         self.working.rename(self.path)
 
 
@@ -179,7 +189,7 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     for existing in (folder.path, folder.working):
         if (existing / "config.json").is_file():
             there = _settings_in(existing)
-            difference = _first_difference(there, json.loads(json.dumps(asdict(settings))))
+            difference = there and _first_difference(there, json.loads(json.dumps(asdict(settings))))
             if difference is not None:
                 raise ValueError(
                     f"{existing} holds a run with {difference}; choose another --output or delete it"
@@ -193,10 +203,14 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     return folder
 
 
-def _settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of the run in ``folder``; ValueError where its config.json is something else's."""
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in ``folder``; None where it has gone meanwhile, ValueError where its
+    config.json is something else's.
+    """
     try:
         settings = read_json(folder / "config.json")["settings"]
+    except FileNotFoundError:  # renamed by the process that has just finished it
+        return None
     except (ValueError, KeyError, TypeError):
         settings = None
     if not isinstance(settings, dict):

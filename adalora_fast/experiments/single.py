@@ -64,6 +64,8 @@ def start_run(settings: RunSettings, output: Path, progress: TrainingProgress) -
     from .training import train_run
     from .workloads import load_workload
 
+    with open_run(output, settings).locked():
+        pass  # if another process is at work on it, that is said before the data are read
     return train_run(settings, load_workload(settings), output, progress)
 
 

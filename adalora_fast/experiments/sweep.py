@@ -10,6 +10,7 @@ the processes share the runs: each takes those that nobody is at work on.
 """
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -110,7 +111,7 @@ class Plan:
             for task in self.tasks
             for seed in self.tuning.seeds
             for arm in self.arms
-            for rate in self.tuning.learning_rates
+            for rate in self.tuning.rates(arm)
         ]
 
     def described(self) -> dict[str, Any]:
@@ -151,6 +152,10 @@ def make_plan(
     """
     content = read_recipe(recipe)
     grid = content.get("grid", {})
+    arms = list(arms) or grid.get("arms", ())
+    arms = [
+        RunSettings(task="", model="", **parse_arm(arm)).arm for arm in arms
+    ]  # "fisher+task+sum" is one, too
     parts = {
         name: tuple(given) or tuple(grid.get(name, ())) for name, given in zip(GROWS, (tasks, arms, seeds))
     }
@@ -164,6 +169,13 @@ def make_plan(
     model = model or content.get("model")
     if not isinstance(model, str) or not model:
         raise ValueError(f"recipe {recipe} names no model; give --model")
+    for name in overrides or {}:
+        own = [arm for arm in parts["arms"] if name in content.get("arms", {}).get(arm, {})]
+        if own:
+            raise ValueError(
+                f"cannot set {name} for all: recipe {recipe} has its own for the arm {own[0]}; "
+                "change it in a recipe of your own"
+            )
     plan = Plan(
         name=Path(recipe).stem,
         content=content,
@@ -201,8 +213,8 @@ def write_plan(plan: Plan, output: Path) -> None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is no plan of a sweep; choose another --output") from None
     described = json.loads(json.dumps(described))
-    for name in sorted(described.keys() - {*GROWS, "primary"}):
-        if same[name] != described[name]:
+    for name in sorted(described.keys() - {*GROWS, "primary", "description"}):
+        if _deciding(same[name]) != _deciding(described[name]):
             raise ValueError(
                 f"{output} holds a sweep with another {name} ({_short(same[name])}, "
                 f"now {_short(described[name])}); choose another --output"
@@ -217,6 +229,11 @@ def write_plan(plan: Plan, output: Path) -> None:
 
 def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = None) -> int:
     """Do what is left of the sweep; the number of runs that failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "a sweep is not for torchrun; start its command several times, or give --ray, and each process "
+            "takes runs of its own"
+        )
     resolve_model(plan.model)
     for task in plan.tasks:
         check_data(plan, task)
@@ -323,6 +340,13 @@ def record_failure(run: Planned, error: BaseException) -> None:
 
 def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _deciding(part: Any) -> Any:
+    """What of a part of the plan decides its runs; of the recipe, neither its words nor its grid."""
+    if isinstance(part, dict) and "defaults" in part:
+        return {name: part.get(name, {}) for name in ("defaults", "tasks", "arms")}
+    return part
 
 
 def _short(value: Any) -> str:

@@ -1,5 +1,6 @@
 """One training run, from settings to a complete folder. The loop itself is transformers' Trainer."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from .adapters import adapt, check_budget, load_encoder, ranks_of, save_adapter, training_callbacks
 from .progress import TrainingProgress
 from .recorder import Recorder
-from .runs import RunFolder, RunSettings, open_run, write_json
+from .runs import RunFolder, RunSettings, open_run, read_json, write_json
 from .workloads import Judged, Workload
 
 
@@ -48,7 +49,14 @@ def train_run(
         progress.finish_run(f"{settings.label}: already complete in {folder.path}")
         return folder.result
     with folder.locked():
-        return _train(settings, workload, folder, progress, resumable=resumable)
+        if folder.is_complete:  # by another process, meanwhile
+            progress.finish_run(f"{settings.label}: already complete in {folder.path}")
+            return folder.result
+        try:
+            return _train(settings, workload, folder, progress, resumable=resumable)
+        finally:
+            if settings.compile:
+                torch._dynamo.reset()  # the next run in this process starts with no graphs of this one
 
 
 def _train(
@@ -143,9 +151,16 @@ def last_whole_checkpoint(folder: RunFolder) -> str | None:
         key=lambda path: int(path.name.rpartition("-")[2]),
         reverse=True,
     )
+    needed = ["optimizer.pt", "scheduler.pt"]
+    if folder.settings.method == "adalora":
+        needed.append("adalora_allocator.safetensors")
     for path in found:
         weights = any((path / name).is_file() for name in ("adapter_model.safetensors", "model.safetensors"))
-        if weights and all((path / name).is_file() for name in ("trainer_state.json", "optimizer.pt")):
+        try:
+            read_json(path / "trainer_state.json")
+        except (OSError, ValueError):
+            continue
+        if weights and all((path / name).is_file() for name in needed):
             return str(path)
     return None
 
@@ -168,7 +183,7 @@ def build_trainer(
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=batch_per_process(recipe.batch_size),
         per_device_eval_batch_size=2 * recipe.batch_size,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
@@ -185,7 +200,7 @@ def build_trainer(
         save_total_limit=1,
         logging_steps=max(1, min(10, steps // 10)),
         label_names=workload.label_names,
-        average_tokens_across_devices=False,  # these heads average their loss: it must not count once per process
+        average_tokens_across_devices=False,  # the heads average their loss: it counts once, not per process
         report_to="none",
         disable_tqdm=True,
         log_level="error",
@@ -206,6 +221,22 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def batch_per_process(batch_size: int) -> int:
+    """The share of one of the processes that torchrun started, so that the batch is the recipe's whatever
+    their number.
+
+    Raises:
+        ValueError: they do not divide it.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % processes:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared by {processes} processes; start a divisor of it, "
+            "or --set batch_size"
+        )
+    return batch_size // processes
 
 
 class ExperimentTrainer(Trainer):
@@ -229,9 +260,8 @@ class ExperimentTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data = self.train_dataset if train_dataset is None else train_dataset
-        return PairedOrder(
-            [len(ids) for ids in data["input_ids"]], self.args.train_batch_size, self.args.seed
-        )
+        batch_size = self.args.train_batch_size * self.args.world_size
+        return PairedOrder([len(ids) for ids in data["input_ids"]], batch_size, self.args.seed)
 
 
 class PairedOrder(Sampler):

@@ -2,7 +2,7 @@
 at.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,38 @@ from adalora_fast.environment import write_json
 
 from .runs import read_json
 
-DEFAULT = {"learning_rates": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3], "seeds": [100, 101], "held_out": 0.1}
+DEFAULT = {"learning_rates": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3], "arms": {}, "seeds": [100, 101], "held_out": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """The same grid of learning rates and the same seeds for every arm; `held_out` is the fraction of the
-    training rows on which they are compared.
+    training rows on which they are compared. `arms` gives an arm that lives at other rates, such as full
+    fine-tuning, a grid of its own, of as many.
     """
 
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     held_out: float
+    arms: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError(f"tuning needs learning_rates above zero, got {list(self.learning_rates)}")
-        if not self.seeds:
-            raise ValueError("tuning needs seeds; give at least one")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must be a fraction between 0 and 1")
+        for name, rates in {"tuning": self.learning_rates, **self.arms}.items():
+            if not rates or not all(_is_number(rate) and rate > 0 for rate in rates):
+                raise ValueError(f"{name} needs learning_rates above zero, got {list(rates)}")
+            if len(rates) != len(self.learning_rates):
+                raise ValueError(
+                    f"{name} has {len(rates)} learning rates to choose from and the others "
+                    f"{len(self.learning_rates)}; give every arm as many"
+                )
+        if not self.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
+            raise ValueError(f"tuning needs seeds, integers from 0, got {list(self.seeds)}")
+        if not _is_number(self.held_out) or not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out!r}; it must be a fraction between 0 and 1")
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        """The grid of one arm."""
+        return self.arms.get(arm, self.learning_rates)
 
     @classmethod
     def of(cls, content: dict[str, Any] | None) -> "Tuning":
@@ -40,8 +52,15 @@ class Tuning:
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r} under tuning; choose from {', '.join(DEFAULT)}")
         values = DEFAULT | (content or {})
+        lists = [values["learning_rates"], values["seeds"]]
+        lists += values["arms"].values() if isinstance(values["arms"], dict) else [None]
+        if not all(isinstance(entry, list) for entry in lists):
+            raise ValueError(
+                "tuning must hold lists: learning_rates, seeds, and learning rates by arm under arms"
+            )
         return cls(
             learning_rates=tuple(values["learning_rates"]),
+            arms={arm: tuple(rates) for arm, rates in values["arms"].items()},
             seeds=tuple(values["seeds"]),
             held_out=values["held_out"],
         )
@@ -56,10 +75,10 @@ class Tuning:
         """The rate with the best mean result of every [task][arm]; the lower rate wins a tie. Written into
         tuned.json; what is there already stays as it is.
 
-        `runs` gives the folder of (task, arm, rate, seed). A rate of which a run failed is not chosen.
+        `runs` gives the folder of (task, arm, rate, seed). A rate at which a run diverged is not chosen.
 
         Raises:
-            ValueError: every rate of an arm failed.
+            ValueError: a run is missing for another reason, or every rate of an arm diverged.
         """
         path = output / "tuned.json"
         tuned = read_json(path) if path.is_file() else {}
@@ -68,13 +87,21 @@ class Tuning:
                 if arm in tuned.get(task, {}):
                     continue
                 scores = {}
-                for rate in sorted(self.learning_rates):
-                    results = [runs[task, arm, rate, seed] / "result.json" for seed in self.seeds]
-                    if all(result.is_file() for result in results):
-                        scores[rate] = float(np.mean([read_json(result)["primary"] for result in results]))
+                for rate in sorted(self.rates(arm)):
+                    folders = [runs[task, arm, rate, seed] for seed in self.seeds]
+                    if any(_diverged(folder) for folder in folders):
+                        continue
+                    missing = [folder for folder in folders if not (folder / "result.json").is_file()]
+                    if missing:
+                        raise ValueError(
+                            f"no rate is chosen for {arm} on {task} before {missing[0].name} is there; "
+                            "run the command again"
+                        )
+                    results = [read_json(folder / "result.json")["primary"] for folder in folders]
+                    scores[rate] = float(np.mean(results))
                 if not scores:
                     raise ValueError(
-                        f"no learning rate of {list(self.learning_rates)} worked for {arm} on {task}; "
+                        f"every learning rate of {list(self.rates(arm))} diverged for {arm} on {task}; "
                         f"see the .failed.json files in {output / 'tuning' / task}"
                     )
                 best = max(scores, key=lambda rate: (scores[rate], -rate))
@@ -84,3 +111,13 @@ class Tuning:
                 }
         write_json(path, tuned)
         return {task: {arm: tuned[task][arm]["learning_rate"] for arm in arms} for task in tasks}
+
+
+def _diverged(folder: Path) -> bool:
+    """Whether this run failed because its numbers were no longer finite."""
+    failure = folder.with_name(f"{folder.name}.failed.json")
+    return failure.is_file() and "diverged" in read_json(failure)["error"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -36,6 +36,8 @@ def test_an_arm_and_its_settings_say_the_same(arm):
         ("fisher+mean", r"unknown part 'mean' of the arm 'fisher\+mean'; choose ema_uncertainty, "),
         ("fisher+sum+ema", "unknown part 'ema'"),
         ("fisher+task+task", "unknown part 'task'"),
+        ("uniform+task", "uniform looks at nothing"),
+        ("random+sum", "random looks at nothing"),
     ],
 )
 def test_an_arm_that_does_not_exist(arm, message):

@@ -78,9 +78,9 @@ def test_a_run_on_real_rows(encoder, tmp_path, task, metrics):
     """From the real file to a folder with a result that says it is a sample."""
     if not (DATA / task / "train.parquet").is_file():
         pytest.skip(f"no {task} in the data folder")
-    recipe = Recipe(epochs=1, max_length=40, stride=8, batch_size=16, init_r=4, target_r=2, tinit=1, tfinal=1,
-                    deltaT=1, train_rows=80, evaluation_rows=30)  # fmt: skip
+    recipe = Recipe(epochs=1, max_length=40, stride=8, batch_size=4, init_r=4, target_r=2, tinit=1, tfinal=1,
+                    deltaT=1, train_rows=16, evaluation_rows=8)  # fmt: skip
     run = RunSettings(task=task, model=str(encoder), data_dir=str(DATA), recipe=recipe)
     result = train(run, tmp_path / "run")
-    assert result["sample"] and result["splits"]["validation"]["rows"] == 30 and result["total_rank"] == 24
+    assert result["sample"] and result["splits"]["validation"]["rows"] == 8 and result["total_rank"] == 24
     assert set(result["metrics"]["validation"]) == metrics | {"loss"}

@@ -123,7 +123,7 @@ def test_results(reported):
 def test_contrasts_and_nulls(reported):
     text = reported[1]["report.md"].read_text()
     contrasts = section(text, "Pairwise contrasts")
-    assert "300 replicates" in contrasts and "With 3 seeds" in contrasts and "27 ways only" in contrasts
+    assert "300 replicates" in contrasts and "With 2 seeds" in contrasts and "4 ways only" in contrasts
     assert re.search(r"\| MRPC \| fisher − sensitivity \| equivalent within ±0.3 \| 3 \| 0.00 \|", contrasts)
     nulls = section(text, "Scores against uniform, random and plain LoRA")
     assert "Not in the plan: random." in nulls and "| MRPC | fisher |" in nulls

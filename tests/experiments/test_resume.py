@@ -144,7 +144,10 @@ def test_a_line_that_was_cut_off(run, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole())
 
 
-@pytest.mark.parametrize("damage", ["trainer_state.json", "adapter_model.safetensors", "everything"])
+@pytest.mark.parametrize(
+    "damage",
+    ["trainer_state.json", "adapter_model.safetensors", "adalora_allocator.safetensors", "everything"],
+)
 def test_a_checkpoint_that_was_cut_off(run, whole, tmp_path, damage):
     """The machine went down while it was saved: the run goes on from before, or from the beginning."""
     interrupt(run(), tmp_path / "run", 6)

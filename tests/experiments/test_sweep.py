@@ -195,6 +195,15 @@ def test_processes_share_the_runs(plan, tmp_path, pretend, monkeypatch):
         ({"content": {"tuning": {"rates": [1]}}, "tune": True}, "unknown setting 'rates' under tuning"),
         ({"content": {"tuning": {"learning_rates": []}}, "tune": True}, "needs learning_rates above zero"),
         ({"content": {"tuning": {"held_out": 1.5}}, "tune": True}, "held_out is 1.5"),
+        ({"content": {"tuning": {"held_out": "x"}}, "tune": True}, "held_out is 'x'"),
+        ({"content": {"tuning": {"learning_rates": 1e-3}}, "tune": True}, "tuning must hold lists"),
+        (
+            {"content": {"tuning": {"learning_rates": ["1e-3"]}}, "tune": True},
+            "needs learning_rates above zero",
+        ),
+        ({"content": {"tuning": {"seeds": ["a"]}}, "tune": True}, "needs seeds, integers from 0"),
+        ({"seeds": [-1]}, "seed -1 is not an integer from 0"),
+        ({"arms": ["full"], "options": {"dtype": "bfloat16"}}, "dtype 'bfloat16' is for frozen weights"),
     ],
 )
 def test_a_plan_that_cannot_be(plan, options, message):
@@ -246,10 +255,10 @@ def test_rates_are_chosen_on_held_out_data_per_arm(plan, tmp_path, pretend):
     assert (tmp_path / "out" / "tuned.json").read_bytes() == before and len(pretend.ran) == 16
 
 
-def test_a_rate_of_which_a_run_failed_is_not_chosen(plan, tmp_path, pretend):
+def test_a_rate_at_which_a_run_diverged_is_not_chosen(plan, tmp_path, pretend):
     def score(settings):
         if settings.held_out and settings.recipe.learning_rate == 4e-3 and settings.seed == 8:
-            raise ValueError("diverged")
+            raise ValueError("lora-r2 diverged: the evaluation loss is not finite")
         return settings.recipe.learning_rate
 
     pretend.does["lora"] = score
@@ -257,13 +266,71 @@ def test_a_rate_of_which_a_run_failed_is_not_chosen(plan, tmp_path, pretend):
     assert read_json(tmp_path / "out" / "tuned.json")["sst2"]["lora"]["learning_rate"] == 2e-3
 
 
+def test_no_rate_is_chosen_before_every_run_is_there(plan, tmp_path, pretend):
+    """A machine that went down must not decide which rate is best."""
+
+    def score(settings):
+        if settings.recipe.learning_rate == 4e-3 and settings.seed == 8:
+            raise RuntimeError("CUDA out of memory")
+        return settings.recipe.learning_rate
+
+    pretend.does["lora"] = score
+    tuned = plan(content={"tuning": TUNING}, tune=True, arms=["lora"])
+    with pytest.raises(
+        ValueError, match=r"for lora on sst2 before lora-lr0\.004-seed8 is there"
+    ):
+        carry_out(tuned, tmp_path / "out")
+    assert not (tmp_path / "out" / "tuned.json").exists()
+    pretend.does["lora"] = lambda settings: settings.recipe.learning_rate
+    assert carry_out(tuned, tmp_path / "out")[0] == 0
+    assert read_json(tmp_path / "out" / "tuned.json")["sst2"]["lora"]["learning_rate"] == 4e-3
+
+
 def test_no_rate_works(plan, tmp_path, pretend):
     def fail(settings):
-        raise ValueError("diverged")
+        raise ValueError("it diverged")
 
     pretend.does["lora"] = fail
-    with pytest.raises(ValueError, match=r"no learning rate of .* worked for lora on sst2"):
+    with pytest.raises(ValueError, match=r"every learning rate of .* diverged for lora on sst2"):
         carry_out(plan(content={"tuning": TUNING}, tune=True, arms=["lora"]), tmp_path / "out")
+
+
+def test_an_arm_may_have_a_grid_of_its_own(plan, tmp_path, pretend):
+    tuning = TUNING | {"arms": {"full": [1e-5, 2e-5, 4e-5]}}
+    pretend.does["full"] = lambda settings: 1 - settings.recipe.learning_rate
+    assert carry_out(plan(content={"tuning": tuning}, tune=True, arms=["full"]), tmp_path / "out")[0] == 0
+    assert pretend.ran[-1] == "full-1-1e-05"
+    with pytest.raises(ValueError, match="full has 1 learning rates to choose from and the others 3"):
+        plan(content={"tuning": TUNING | {"arms": {"full": [1e-5]}}}, tune=True)
+
+
+def test_another_spelling_of_an_arm_is_the_same_arm(plan):
+    assert plan(arms=["fisher+task+ema"]).arms == ("fisher+ema+task",)
+    with pytest.raises(ValueError, match="name one twice"):
+        plan(arms=["fisher+task+ema", "fisher+ema+task"])
+
+
+def test_the_settings_of_an_arm(plan):
+    """They go before the task's; --set, which would go before both, is refused for what an arm sets."""
+    own = {"arms": {"lora": {"scale": 3.0, "epochs": 5}}, "tasks": {"sst2": {"epochs": 4}}}
+    made = plan(content=own)
+    recipes = {arm: made.settings("sst2", arm, 0).recipe for arm in made.arms}
+    assert (recipes["lora"].scale, recipes["lora"].epochs) == (3.0, 5)
+    assert (recipes["sensitivity"].scale, recipes["sensitivity"].epochs) == (2.0, 4)
+    with pytest.raises(ValueError, match=r"cannot set scale for all: recipe .* its own for the arm lora"):
+        plan(content=own, overrides={"scale": 8.0})
+    assert plan(content=own, overrides={"batch_size": 4}).settings("sst2", "lora", 0).recipe.batch_size == 4
+
+
+def test_the_words_of_a_recipe_may_change(plan, tmp_path, pretend):
+    carry_out(plan(content={"description": "one"}), tmp_path / "out")
+    assert carry_out(plan(content={"description": "other"}), tmp_path / "out")[0] == 0
+
+
+def test_torchrun_is_refused(plan, tmp_path, pretend, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a sweep is not for torchrun; start its command several times"):
+        carry_out(plan(), tmp_path / "out")
 
 
 def test_kill_in_mid_sweep_and_run_again(recipe, encoder, tmp_path):

@@ -63,7 +63,7 @@ def metric_names(sweep: Sweep, task: str) -> list[tuple[str, str]]:
         for run in sweep.task_runs(task)
         for split, values in run.result["metrics"].items()
         for name in values
-        if name != "loss"
+        if name != "loss" and not name.endswith("_thresh")  # thresholds are no share of anything
     ))  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from ..tasks import get_task
 from .cells import (
     averages,
     checkpoint_cell,
@@ -104,7 +105,8 @@ def checkpoints(sweep: Sweep) -> str:
         return "No run recorded its epochs."
     note = (
         "Each run's best epoch is chosen on the same development set on which it is then reported, which "
-        "flatters every arm; papers often report this. The contrasts below are of the end of training."
+        "flatters every arm; papers often report this. Before the final mask an AdaLoRA model also holds "
+        "more than its final budget. The contrasts below are of the end of training."
     )
     head = ["arm", *(task_heading(sweep, task) for task in sweep.plan.tasks)]
     return f"{markdown(head, rows)}\n\n{note}"
@@ -170,7 +172,8 @@ def _number(value: float | None) -> str:
 
 def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
     """The method of the contrasts in words, with the warnings that the numbers of seeds call for."""
-    seeds, margin = len(sweep.plan.seeds), sweep.plan.margin
+    seeds = min((contrast.seeds for contrast in contrasts.all), default=len(sweep.plan.seeds))
+    margin = sweep.plan.margin
     pairs = len(sweep.plan.arms) * (len(sweep.plan.arms) - 1) // 2
     text = (
         f"Differences are in points of the primary metric at the end of training. Intervals and p come from "
@@ -183,6 +186,17 @@ def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
         "interval lies inside (two one-sided tests at 5 %); otherwise *not decided*, which says that the "
         "data are too few, not that the arms are alike."
     )
+    if sweep.plan.tuning is None:
+        text += (
+            "\n\nLearning rates were not tuned per arm: all arms of a task have one setting, but for what "
+            "the recipe says of an arm itself. An arm that needs another rate, plain LoRA among them, loses "
+            "by that."
+        )
+    if any(get_task(task).kind == "question_answering" for task in sweep.plan.tasks):
+        text += (
+            "\n\nQuestions about one passage are taken as independent, which they are not quite: intervals "
+            "on SQuAD are somewhat too narrow."
+        )
     if seeds == 1:
         text += (
             "\n\n**One seed: the intervals hold the chance of the examples only, not that of the training, "
@@ -191,7 +205,7 @@ def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
     elif seeds < 10:
         short = ((seeds - 1) / seeds) ** 0.5
         text += (
-            f"\n\n**With {seeds} seeds, intervals from resampled seeds are rough: the {seeds} can be drawn "
+            f"\n\n**With {seeds} seeds, the fewest of a comparison here, intervals are rough: they can be drawn "
             f"in {seeds**seeds:,} ways only, and their spread is taken {1 - short:.0%} too small on average. "
             "Read borderline verdicts as undecided.**"
         )

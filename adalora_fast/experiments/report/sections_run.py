@@ -167,7 +167,10 @@ def costs(sweep: Sweep) -> str:
                     f"{_mean(runs, 'train_seconds'):,.0f}", f"{_mean(runs, 'seconds'):,.0f}",
                 ))  # fmt: skip
     head = ("task", "arm", "parameters trained", "total rank", "steps", "training, s", "whole run, s")
-    note = "Seconds are means over seeds"
+    note = (
+        "Seconds are means over seeds, with the evaluations and checkpoints of every epoch and the reading "
+        "of ranks for the log, and beside whatever else the machine did: they are no benchmark of the arms"
+    )
     resumed = sum(bool(run.result.get("resumed")) for run in sweep.runs.values())
     if resumed:
         note += f"; {resumed} run(s) were resumed, and their seconds are those of the last part only"
