@@ -1,4 +1,4 @@
-"""The command line: `adalora-fast demo | train | sweep | report | export | bench`.
+"""The command line: `adalora-fast demo | train | sweep | report | analyze | soup | export | bench`.
 
 Every command is a frozen dataclass whose fields are its flags. Anything slow is imported when a command runs,
 so that `--help` answers at once.
@@ -9,9 +9,10 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -178,6 +179,89 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Analyze:
+    """Compare finished runs of one task: CKA of their representations, or the loss on the paths between
+    them.
+    """
+
+    measure: Annotated[Literal["cka", "connectivity"], tyro.conf.Positional]
+    """What to compute."""
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, two or more."""
+    output: Path = Path("runs/analysis")
+    """Folder of the results (JSON) and figures."""
+    model: str | None = None
+    """The base model, where it is not where the runs name it."""
+    data_dir: Path | None = None
+    """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else that of the runs)."""
+    split: str | None = None
+    """Of the task (default: the first that is evaluated)."""
+    rows: int | None = None
+    """Rows of the split, always the same ones (default: 512 for CKA, all for paths)."""
+    layer: int = -1
+    """CKA: 0 is the embeddings, -1 the last layer."""
+    layers: bool = False
+    """CKA: also every layer with every layer."""
+    batch_size: int | None = None
+    """CKA: estimate it from batches of so many rows."""
+    cache: Path | None = None
+    """CKA: keep representations in this folder."""
+    points: int = 11
+    """Paths: evenly spaced points, ends included."""
+
+    def run(self, console: "Console") -> None:
+        from adalora_fast.analysis import analyze_cka, analyze_connectivity
+
+        common = {"output": self.output, "model": self.model, "data_dir": _data_dir(self.data_dir)}
+        common |= {"split": self.split, "say": _saying(console)}
+        if self.measure == "cka":
+            given = {} if self.rows is None else {"rows": self.rows}
+            given |= {"layer": self.layer, "layers": self.layers, "batch_size": self.batch_size}
+            analyze_cka(self.folders, cache=self.cache, **given, **common)
+        else:
+            analyze_connectivity(self.folders, points=self.points, rows=self.rows, **common)
+        console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soup:
+    """One model out of finished runs of one task, of any ranks and methods: the soup of their weights."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, two or more."""
+    output: Path = Path("runs/soup")
+    """A new or empty folder."""
+    recipe: Literal["greedy", "uniform"] = "greedy"
+    """Greedy: a run enters where that lowers the loss; uniform: the mean of all."""
+    save: Literal["lora", "full", "none"] = "lora"
+    """A plain LoRA adapter, a whole model, or only soup.json."""
+    rank: int | None = None
+    """Cut the adapter to this rank (default: the members' ranks added up, which is exact)."""
+    selection: Literal["halves", "held_out"] = "halves"
+    """Choose on one half of the split and report on the other, or choose on what their training held out."""
+    split: str | None = None
+    """Of the task (default: the first that is evaluated)."""
+    model: str | None = None
+    """The base model, where it is not where the runs name it."""
+    data_dir: Path | None = None
+    """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else that of the runs)."""
+
+    def run(self, console: "Console") -> None:
+        from adalora_fast.analysis import make_soup
+
+        names = ("recipe", "save", "rank", "selection", "split", "model")
+        options = {name: getattr(self, name) for name in names}
+        make_soup(
+            self.folders, self.output, data_dir=_data_dir(self.data_dir), say=_saying(console), **options
+        )
+        console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _saying(console: "Console") -> Callable[[str], None]:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """An exact plain LoRA adapter from a saved AdaLoRA one, without loading the base; and who serves it."""
 
@@ -203,7 +287,16 @@ class Export:
             console.out(f"{server}: {'; '.join(reasons) or 'takes it'}", highlight=False)
 
 
-COMMANDS = {"demo": Demo, "train": Train, "sweep": Sweep, "report": Report, "export": Export, "bench": Bench}
+COMMANDS = {
+    "demo": Demo,
+    "train": Train,
+    "sweep": Sweep,
+    "report": Report,
+    "analyze": Analyze,
+    "soup": Soup,
+    "export": Export,
+    "bench": Bench,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

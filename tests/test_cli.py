@@ -322,6 +322,35 @@ def test_demo_passes_its_flags_on(monkeypatch, here):
     ]
 
 
+def test_analyze_and_soup_pass_their_flags_on(monkeypatch, here, capsys):
+    from adalora_fast import analysis
+
+    seen = {}
+    for name in ("analyze_cka", "analyze_connectivity", "make_soup"):
+        monkeypatch.setattr(
+            analysis, name, lambda *given, name=name, **more: seen.update({name: (given, more)})
+        )
+    assert cli.main(["analyze", "cka", "a", "b", "--rows", "64", "--layers", "--cache", "c"]) == 0
+    assert cli.main(["analyze", "connectivity", "a", "b", "--points", "5", "--output", "there"]) == 0
+    assert cli.main(["soup", "a", "b", "--rank", "8", "--recipe", "uniform"]) == 0
+    given, more = seen["analyze_cka"]
+    assert given == ((Path("a"), Path("b")),) and (more["rows"], more["layers"], more["cache"]) == (
+        64,
+        True,
+        Path("c"),
+    )
+    given, more = seen["analyze_connectivity"]
+    assert (more["points"], more["output"]) == (5, Path("there")) and "cache" not in more
+    given, more = seen["make_soup"]
+    assert given == ((Path("a"), Path("b")), Path("runs/soup"))
+    assert (more["rank"], more["recipe"], more["save"], more["selection"]) == (8, "uniform", "lora", "halves")
+
+
+def test_runs_that_cannot_be_compared(capsys, here):
+    assert "nowhere" in refused(capsys, ["analyze", "cka", "nowhere", "data"])
+    assert "nowhere" in refused(capsys, ["soup", "nowhere", "data"])
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     """Only what this package says itself is shown as one line."""
 
@@ -353,7 +382,7 @@ def test_wrong_usage(capsys, arguments):
     assert "Traceback" not in captured.err and captured.err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"], ["analyze"], ["soup"]])
 def test_help_names_every_flag_and_there_are_fewer_than_fifteen(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -362,7 +391,11 @@ def test_help_names_every_flag_and_there_are_fewer_than_fifteen(capsys, command)
     if not command:
         assert all(name in shown for name in cli.COMMANDS)
         return
-    fields = [name for name in cli.COMMANDS[command[0]].__dataclass_fields__ if name != "folder"]
+    fields = [
+        name
+        for name in cli.COMMANDS[command[0]].__dataclass_fields__
+        if name not in ("folder", "folders", "measure")
+    ]
     assert len(fields) < 15
     assert all(f"--{name.replace('_', '-')}" in shown for name in fields)
 

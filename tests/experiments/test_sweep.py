@@ -276,9 +276,7 @@ def test_no_rate_is_chosen_before_every_run_is_there(plan, tmp_path, pretend):
 
     pretend.does["lora"] = score
     tuned = plan(content={"tuning": TUNING}, tune=True, arms=["lora"])
-    with pytest.raises(
-        ValueError, match=r"for lora on sst2 before lora-lr0\.004-seed8 is there"
-    ):
+    with pytest.raises(ValueError, match=r"for lora on sst2 before lora-lr0\.004-seed8 is there"):
         carry_out(tuned, tmp_path / "out")
     assert not (tmp_path / "out" / "tuned.json").exists()
     pretend.does["lora"] = lambda settings: settings.recipe.learning_rate

@@ -205,8 +205,9 @@ def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
     elif seeds < 10:
         short = ((seeds - 1) / seeds) ** 0.5
         text += (
-            f"\n\n**With {seeds} seeds, the fewest of a comparison here, intervals are rough: they can be drawn "
-            f"in {seeds**seeds:,} ways only, and their spread is taken {1 - short:.0%} too small on average. "
+            f"\n\n**With {seeds} seeds, the fewest of a comparison here, intervals are rough: they can be "
+            f"drawn in {seeds**seeds:,} ways only, and their spread is taken {1 - short:.0%} too small on "
+            "average. "
             "Read borderline verdicts as undecided.**"
         )
     return text

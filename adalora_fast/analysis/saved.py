@@ -1,0 +1,145 @@
+"""Finished run folders, and whether runs can be compared: the same task, base model and token limits."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adalora_fast.experiments.recipes import Recipe
+from adalora_fast.experiments.runs import RunSettings
+from adalora_fast.experiments.tasks import Task, get_task
+from adalora_fast.integrations.files import CONFIG, WEIGHTS, file_within
+
+HEAD, FULL = "head.safetensors", "model.safetensors"
+# Runs that differ in one of these are not points of one loss landscape.
+COMMON = ("task", "model", "dtype", "held_out")
+COMMON_RECIPE = ("max_length", "stride")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """A complete run: its folder, the settings it was trained with, and its result.json."""
+
+    path: Path
+    settings: RunSettings
+    result: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The arm and the seed."""
+        return f"{self.settings.arm}-seed{self.settings.seed}"
+
+    @property
+    def task(self) -> Task:
+        return get_task(self.settings.task)
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of what was trained."""
+        return self.path / "adapter"
+
+
+def open_run(folder: Path | str) -> SavedRun:
+    """The complete run in `folder`; no tensor is read yet.
+
+    Raises:
+        FileNotFoundError: no such folder, a run that is not finished, or one without its adapter's files.
+        ValueError: files that are not a run's, an unknown task, or a full model with other labels.
+    """
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        if path.with_name(f".{path.name}.partial").is_dir():
+            raise FileNotFoundError(f"the run {path} is not finished; let the command that began it go on")
+        raise FileNotFoundError(f"there is no run folder {path}; give one that train or sweep has written")
+    for name in ("config.json", "result.json"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} has no {name}, so it is no finished run; give another folder")
+    config, result = _object(path / "config.json"), _object(path / "result.json")
+    run = SavedRun(path=path, settings=_settings(config.get("settings"), path), result=result)
+    task = run.task
+    for name in {"head": [HEAD], "full": [FULL, "config.json"]}.get(run.settings.method, [CONFIG, WEIGHTS]):
+        if not file_within(run.adapter, name).is_file():
+            raise FileNotFoundError(
+                f"{run.adapter} has no {name}, so the run cannot be compared; train it again"
+            )
+    if run.settings.method == "full" and task.labels:
+        names = _object(run.adapter / "config.json").get("id2label")
+        if names != {str(code): label for code, label in enumerate(task.labels)}:
+            raise ValueError(
+                f"the model in {run.adapter} has the labels {names}, and {task.name} has "
+                f"{', '.join(task.labels)}; train it again"
+            )
+    return run
+
+
+def open_runs(folders: Sequence[Path | str], *, at_least: int = 2) -> list[SavedRun]:
+    """Several complete runs that can be compared with each other.
+
+    Raises:
+        ValueError: fewer than `at_least`, or two that differ in what `check_comparable` wants equal.
+        FileNotFoundError: see `open_run`.
+    """
+    if len(folders) < at_least:
+        raise ValueError(f"{len(folders)} runs are too few; give the folders of {at_least} or more")
+    runs = [open_run(folder) for folder in folders]
+    check_comparable(runs)
+    return runs
+
+
+def check_comparable(runs: Sequence[SavedRun]) -> None:
+    """ValueError naming the first setting in which a run differs from the first one, where they must agree:
+    task (and with it the labels), base model and its dtype, held-out part, and length of the input.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        for name in (*COMMON, *COMMON_RECIPE):
+            there, here = (
+                getattr(each.settings if name in COMMON else each.settings.recipe, name)
+                for each in (first, run)
+            )
+            if there != here:
+                raise ValueError(
+                    f"{first.path} has {name} {there!r}, and {run.path} has {here!r}; "
+                    "give runs that agree in it"
+                )
+
+
+def names_of(runs: Sequence[SavedRun]) -> list[str]:
+    """A name for each run, all different: arm and seed; the end of its path where others have those too; with
+    a number where the same folder comes again.
+    """
+    names = {run.path: run.name for run in runs}
+    for depth in range(1, max(len(path.parts) for path in names)):
+        counts = Counter(names.values())
+        names = {
+            path: name if counts[name] == 1 else "/".join(path.parts[-depth:]) for path, name in names.items()
+        }
+    numbered, seen = [], Counter()
+    for run in runs:
+        seen[run.path] += 1
+        name = names[run.path]
+        numbered.append(name if seen[run.path] == 1 else f"{name} ({seen[run.path]})")
+    return numbered
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable ({error}); restore it from a copy") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not settings by name; give a run's folder")
+    return content
+
+
+def _settings(content: Any, path: Path) -> RunSettings:
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise ValueError(f"{path / 'config.json'} holds no settings of a run; give another folder")
+    try:
+        return RunSettings(**content | {"recipe": Recipe(**content["recipe"])})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / 'config.json'} is not of this version ({error}); use the version that wrote it"
+        ) from error

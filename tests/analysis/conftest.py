@@ -1,0 +1,71 @@
+"""Finished runs of every method on the tiny task, trained once."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
+    "1"  # read when the hub's client is imported
+)
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.experiments.tiny import RECIPE, save_encoder, write_sst2
+from tests.experiments.training import settings, train
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nothing is fetched, and libraries draw no bars into what a test reads."""
+
+    def refuse(self, address):
+        raise AssertionError(f"a test connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.delenv("ADALORA_FAST_DATA", raising=False)
+
+
+METHODS = {
+    "adalora-0": {"method": "adalora"},
+    "adalora-1": {"method": "adalora", "seed": 1, "score": "fisher"},
+    "peft": {"method": "peft"},
+    "lora-2": {"method": "lora"},
+    "lora-4": {"method": "lora", "seed": 1, "recipe": replace(RECIPE, target_r=4)},
+    "full": {"method": "full", "recipe": replace(RECIPE, learning_rate=5e-4)},
+    "head": {"method": "head"},
+}
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """Folder of a two-layer BERT with a tokenizer."""
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Folder with a tiny SST-2."""
+    return write_sst2(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, encoder, data_dir) -> dict[str, Path]:
+    """Run folders by name."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in METHODS.items():
+        train(settings(encoder, data_dir, **options), folder / name, resumable=False)
+    return {name: folder / name for name in METHODS}
+
+
+@pytest.fixture(scope="session")
+def held_out_runs(tmp_path_factory, encoder, data_dir) -> list[Path]:
+    """Two runs that left a quarter of the training data alone."""
+    folder = tmp_path_factory.mktemp("held")
+    for seed in (0, 1):
+        run = settings(encoder, data_dir, method="lora", seed=seed, held_out=0.25)
+        train(run, folder / str(seed), resumable=False)
+    return [folder / "0", folder / "1"]
