@@ -1,33 +1,13 @@
 """Finished runs of every method on the tiny task, trained once."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
-    "1"  # read when the hub's client is imported
-)
-
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.experiments.offline import no_network  # noqa: F401 - for every test here
 from tests.experiments.tiny import RECIPE, save_encoder, write_sst2
 from tests.experiments.training import settings, train
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Nothing is fetched, and libraries draw no bars into what a test reads."""
-
-    def refuse(self, address):
-        raise AssertionError(f"a test connects to {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.delenv("ADALORA_FAST_DATA", raising=False)
-
 
 METHODS = {
     "adalora-0": {"method": "adalora"},
