@@ -5,7 +5,6 @@ mean squared error, or the mean of the cross-entropies of start and end. Those a
 so that no loss depends on the padding of a batch.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +182,7 @@ def _workload(task: Task, settings: RunSettings, parts: dict[str, Any]) -> Workl
         # A workload also tokenises what is trained on, of which there is nothing here.
         one = next(iter(parts.values())).select([0])
         return QuestionAnswering(task=task, splits={"train": one, **parts}, recipe=settings.recipe)
-    return Classification(task=task, load=lambda: copy.copy(parts), evaluation=tuple(parts))
+    return Classification(task=task, splits=dict(parts))
 
 
 def _or(names: Sequence[str]) -> str:

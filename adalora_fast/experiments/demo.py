@@ -40,8 +40,7 @@ def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[s
         from .workloads import Classification
 
         progress.count("loading libraries", 1, 1)
-        splits = corpus_splits(corpus)
-        workload = Classification(task=corpus_task(corpus), load=lambda: splits)
+        workload = Classification(task=corpus_task(corpus), splits=corpus_splits(corpus))
         results = [
             train_run(settings, workload, run_folder(output, settings), progress, resumable=False)
             for settings in runs

@@ -138,6 +138,11 @@ def _where(path: str) -> dict[str, Any]:
     return {"local_files_only": Path(path).is_dir(), "trust_remote_code": False}
 
 
+def _missing(name: str, path: str, remedy: str) -> FileNotFoundError:
+    """What to say where a folder lacks something, or else the hub."""
+    return FileNotFoundError(remedy) if Path(path).is_dir() else _unreachable(name)
+
+
 def _unreachable(name: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"the model {name!r} is not reachable; give --model minilm or the path of a local folder"
@@ -215,11 +220,8 @@ def _load(name: str, path: str, config: Any, kind: Kind, attention: str | None) 
     try:
         return _auto_class(kind).from_pretrained(path, **options, **_where(path))
     except OSError as error:
-        if Path(path).is_dir():
-            raise FileNotFoundError(
-                f"no readable weights in {path}; give a folder with a model.safetensors"
-            ) from error
-        raise _unreachable(name) from error
+        remedy = f"no readable weights in {path}; give a folder with a model.safetensors"
+        raise _missing(name, path, remedy) from error
     except (*_UNREADABLE, EOFError, SafetensorError) as error:
         raise ValueError(
             f"the weights of model {name!r} cannot be read ({_in_one_line(error)}); copy them again"
@@ -257,11 +259,8 @@ def _load_tokenizer(name: str, path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, **_where(path))
     except OSError as error:
-        if Path(path).is_dir():
-            raise FileNotFoundError(
-                f"no readable tokenizer in {path}; save the model's tokenizer there too"
-            ) from error
-        raise _unreachable(name) from error
+        remedy = f"no readable tokenizer in {path}; save the model's tokenizer there too"
+        raise _missing(name, path, remedy) from error
     except Exception as error:  # `tokenizers` raises nothing more special
         folder = Path(path)
         needed = any(folder.glob("*.model")) if folder.is_dir() else "sentencepiece" in str(error).lower()

@@ -81,7 +81,6 @@ def check_score(settings: RunSettings) -> None:
     from adalora_fast.scores import get_score, resolve_smoothing
 
     register_nulls()
-
     resolve_smoothing(get_score(settings.score), settings.smoothing)
 
 

@@ -56,22 +56,15 @@ class Workload(Protocol):
 
 @dataclass(kw_only=True)
 class Classification:
-    """Classification or regression of texts or pairs of them. `load` is called when the data are needed."""
+    """Classification or regression of texts or pairs of them; `splits` has "train" and those to evaluate."""
 
     task: Task
-    load: Callable[[], dict[str, Split]]
-    evaluation: tuple[str, ...] = ()
+    splits: dict[str, Split]
     label_names: list[str] = field(default_factory=lambda: ["labels"])
 
-    def __post_init__(self) -> None:
-        self.evaluation = self.evaluation or self.task.evaluation
-        self._splits: dict[str, Split] | None = None
-
     @property
-    def splits(self) -> dict[str, Split]:
-        if self._splits is None:
-            self._splits = self.load()
-        return self._splits
+    def evaluation(self) -> tuple[str, ...]:
+        return tuple(name for name in self.splits if name != "train")
 
     def prepare(self, tokenizer: Any, recipe: Recipe) -> dict[str, Dataset]:
         return {name: tokenize(split, tokenizer, recipe.max_length) for name, split in self.splits.items()}
@@ -112,9 +105,7 @@ def load_workload(settings: RunSettings) -> Workload:
         name: split.take(recipe.train_rows if name == "train" else recipe.evaluation_rows)
         for name, split in splits.items()
     }
-    return Classification(
-        task=task, load=lambda: splits, evaluation=tuple(name for name in splits if name != "train")
-    )
+    return Classification(task=task, splits=splits)
 
 
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Dataset:
