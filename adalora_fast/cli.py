@@ -73,7 +73,7 @@ class Train:
     dtype: str = "float32"
     """Of the frozen weights: float32, bfloat16 or float16."""
     attention: str | None = None
-    """eager, sdpa or flash_attention_2 (default: the model's)."""
+    """eager, sdpa or flash_attention_2 (default: what is fastest)."""
     compile: bool = False
     """torch.compile the model."""
     seed: int = 0
@@ -125,7 +125,7 @@ class Sweep:
     dtype: str = "float32"
     """Of the frozen weights: float32, bfloat16 or float16."""
     attention: str | None = None
-    """eager, sdpa or flash_attention_2 (default: the model's)."""
+    """eager, sdpa or flash_attention_2 (default: what is fastest)."""
     compile: bool = False
     """torch.compile the model."""
     ray: str | None = None

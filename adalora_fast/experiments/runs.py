@@ -29,8 +29,8 @@ class RunSettings:
     `method` is adalora (here, with any score), peft (PEFT's own AdaLoRA), lora (plain LoRA at the final
     rank), head (only the classification head) or full (every weight). `smoothing` of None is the score's own
     default. `held_out` above zero evaluates on that part of the training data, which is then not trained on,
-    instead of the development set. `dtype` is that of the frozen weights; `attention` and `compile` are for
-    speed.
+    instead of the development set. `dtype` is that of the frozen weights; `attention` (None: what is fastest
+    here) and `compile` are for speed.
     """
 
     task: str

@@ -1,5 +1,6 @@
 """One training run, from settings to a complete folder. The loop itself is transformers' Trainer."""
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -55,6 +56,7 @@ def train_run(
         try:
             return _train(settings, workload, folder, progress, resumable=resumable)
         finally:
+            gc.unfreeze()
             if settings.compile:
                 torch._dynamo.reset()  # the next run in this process starts with no graphs of this one
 
@@ -81,6 +83,8 @@ def _train(
             model, tokenizer, data, settings, workload, folder, recorder, evaluates=resumable, saves=saves
         )
         checkpoint = last_whole_checkpoint(folder) if saves else None
+        gc.collect()
+        gc.freeze()  # else every step stops to search the libraries and the model for garbage
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     except (ValueError, OSError):
         folder.abandon()
