@@ -7,7 +7,9 @@ uniform, random                                  the nulls: the same start and s
                                                  keep are settled beforehand, equally many per matrix or by
                                                  lot
 peft                                             PEFT's own AdaLoRA
-lora, full, head                                 plain LoRA at the final rank, every weight, the head alone
+lora, full, head, ...                            the other methods (`adapters.adapt`)
+
+An arm may end in "-<variant>" where the recipe has settings of its own for it: lora-r4, sensitivity-slow.
 """
 
 from typing import Any
@@ -18,16 +20,21 @@ from torch import Tensor
 from adalora_fast.ops.importance import SMOOTHINGS
 from adalora_fast.scores import get_score, register_score, resolve_smoothing, score_names
 
-OTHER_METHODS = ("peft", "lora", "full", "head")
+from .runs import METHODS
+
+OTHER_METHODS = tuple(method for method in METHODS if method != "adalora")
 NULLS = ("uniform", "random")
 
 
 def parse_arm(arm: str) -> dict[str, Any]:
-    """Method, score, smoothing and score_gradient of RunSettings for the arm of this name.
+    """Method, score, smoothing, score_gradient and variant of RunSettings for the arm of this name.
 
     Raises:
         ValueError: there is none.
     """
+    way, _, variant = arm.partition("-")
+    if variant:
+        return {**parse_arm(way), "variant": variant}
     name, *extras = arm.split("+")
     if name in OTHER_METHODS and not extras:
         return {"method": name}

@@ -6,7 +6,8 @@
      "grid": {"tasks": ["mrpc", ...], "arms": ["sensitivity", "lora", ...], "seeds": [0, 1, 2]},
      "tuning": {"learning_rates": [5e-4, ...], "seeds": [0, 1], "held_out": 0.1}}
 
-What an arm says goes before what a task says, and that before the defaults. `grid` is what a sweep runs; with
+What an arm says goes before what a task says, and that before the defaults; an arm with a variant (lora-r4)
+has first what its arm (lora) says. `grid` is what a sweep runs; with
 `tuning`, every arm's learning rate is first chosen on a part of the training data that is held out. With the
 package come `study-table1` and `study-table2` (the score study: rank 16 to 8, three epochs), `adalora-glue`
 and `adalora-squad` (AdaLoRA's own scripts for DeBERTa-v3-base), `minilm-glue` and `minilm-squad` (for the
@@ -31,7 +32,11 @@ class Recipe:
     `warmup` are optimizer steps if they are integers and fractions of the run if they are below 1.
     `classifier_dropout` and `dropout` (the encoder's, hidden and attention) of None leave the model's own.
     `train_rows` and `evaluation_rows` take that many rows of each split, always the same ones. `stride`,
-    `n_best` and `max_answer_length` (in tokens) are for question answering.
+    `n_best` and `max_answer_length` (in tokens) are for question answering, `beams` for translation.
+
+    `matrices` of None adapts all that `models.FAMILIES` lists; `adapter_dropout` is before the low-rank
+    product. `bottleneck` is the width of a Houlsby adapter, `virtual_tokens` the length of a prompt or
+    prefix. `train_biases` also trains every bias of the base (BitFit), whatever the method.
     """
 
     epochs: float = 3.0
@@ -58,9 +63,27 @@ class Recipe:
     stride: int = 128
     n_best: int = 20
     max_answer_length: int = 30
+    beams: int = 5
+    matrices: tuple[str, ...] | None = None
+    adapter_dropout: float = 0.0
+    bottleneck: int = 64
+    virtual_tokens: int = 20
+    train_biases: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.matrices, list):
+            object.__setattr__(self, "matrices", tuple(self.matrices))
+        if self.matrices is not None and not (
+            isinstance(self.matrices, tuple)
+            and self.matrices
+            and all(isinstance(name, str) for name in self.matrices)
+        ):
+            raise ValueError(f'matrices is {self.matrices!r}; give a list of names, such as ["query"]')
+        if not isinstance(self.train_biases, bool):
+            raise ValueError(f"train_biases is {self.train_biases!r}; it must be true or false")
         for field in fields(self):
+            if field.name in ("matrices", "train_biases"):
+                continue
             _check_number(field.name, getattr(self, field.name))
         if self.target_r > self.init_r:
             raise ValueError(
@@ -72,11 +95,11 @@ PRECISIONS = ("fp32", "bf16", "fp16")  # mixed precision: weights stay float32
 OPTIONAL = ("classifier_dropout", "dropout", "train_rows", "evaluation_rows")
 INTEGERS = (
     "batch_size", "max_length", "init_r", "target_r", "deltaT", "train_rows", "evaluation_rows", "stride",
-    "n_best", "max_answer_length",
+    "n_best", "max_answer_length", "beams", "bottleneck", "virtual_tokens",
 )  # fmt: skip
 STEPS = ("warmup", "tinit", "tfinal")  # an integer, or a fraction of the run
 FROM_ZERO = ("weight_decay", "orth_reg_weight", *STEPS)
-MAY_BE_ZERO = ("classifier_dropout", "dropout")
+MAY_BE_ZERO = ("classifier_dropout", "dropout", "adapter_dropout")
 PROBABILITIES = ("beta1", "beta2", *MAY_BE_ZERO)
 
 
@@ -124,8 +147,12 @@ def load_recipe(name: str, task: str, arm: str = "sensitivity", **overrides: obj
 
 def recipe_of(content: dict[str, Any], name: str, task: str, arm: str, **overrides: object) -> Recipe:
     """The settings for a task and an arm in what `read_recipe` returned."""
+    arms = content.get("arms", {})
+    way, _, variant = arm.partition("-")
+    if variant and arm not in arms:
+        raise ValueError(f"recipe {name} has no settings for the arm {arm}; write them under its arms")
     parts = [content.get("defaults", {}), content.get("tasks", {}).get(task, {})]
-    parts += [content.get("arms", {}).get(arm, {}), overrides]
+    parts += [arms.get(way, {}), arms.get(arm, {}), overrides]
     values = {key: value for part in parts for key, value in part.items()}
     unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
     if unknown:

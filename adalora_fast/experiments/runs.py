@@ -18,19 +18,23 @@ from adalora_fast.environment import environment, write_json
 
 from .recipes import Recipe
 
-METHODS = ("adalora", "peft", "lora", "head", "full")
-DTYPES = ("float32", "bfloat16", "float16")
+METHODS = (
+    "adalora", "peft", "lora", "full", "head", "bitfit", "houlsby", "fusion", "prompt", "prefix", "p_tuning",
+    "ia3",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "nf4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Everything that decides what a run computes. Two runs with equal settings are the same run.
 
-    `method` is adalora (here, with any score), peft (PEFT's own AdaLoRA), lora (plain LoRA at the final
-    rank), head (only the classification head) or full (every weight). `smoothing` of None is the score's own
-    default. `held_out` above zero evaluates on that part of the training data, which is then not trained on,
-    instead of the development set. `dtype` is that of the frozen weights; `attention` (None: what is fastest
-    here) and `compile` are for speed.
+    `method` is adalora (here, with any score), or one of those that `adapters.adapt` explains. `variant`
+    names settings that the recipe has for it alone ("r4" of the arm "lora-r4"). `adapters` are the run
+    folders that fusion starts from. `smoothing` of None is the score's own default. `held_out` above zero
+    evaluates on that part of the training data, which is then not trained on, instead of the development
+    set. `dtype` is that of the frozen weights (nf4: four bits, as QLoRA has them); `attention` (None: what is
+    fastest here) and `compile` are for speed.
     """
 
     task: str
@@ -39,6 +43,8 @@ class RunSettings:
     score: str = "sensitivity"
     smoothing: str | None = None
     score_gradient: str = "total"
+    variant: str = ""
+    adapters: tuple[str, ...] = ()
     seed: int = 0
     held_out: float = 0.0
     data_dir: str | None = None
@@ -65,21 +71,17 @@ class RunSettings:
     @property
     def arm(self) -> str:
         """The short name under which sweeps know this way to train; `arms.parse_arm` reads it."""
-        if self.method != "adalora":
-            return self.method
-        return "+".join(
-            [
-                self.score,
-                *filter(None, [self.smoothing]),
-                *(["task"] if self.score_gradient == "task" else []),
-            ]
-        )
+        name = self.method
+        if name == "adalora":
+            gradient = "task" if self.score_gradient == "task" else None
+            name = "+".join(filter(None, [self.score, self.smoothing, gradient]))
+        return f"{name}-{self.variant}" if self.variant else name
 
     @property
     def label(self) -> str:
         """A short name for tables and folders."""
         known = {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "peft": "peft-adalora"}
-        return known.get(self.method, self.arm)
+        return known.get(self.arm, self.arm)
 
 
 def is_main_process() -> bool:
@@ -189,7 +191,7 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     for existing in (folder.path, folder.working):
         if (existing / "config.json").is_file():
             there = _settings_in(existing)
-            difference = there and _first_difference(there, json.loads(json.dumps(asdict(settings))))
+            difference = there and _first_difference(_completed(there), _as_json(settings))
             if difference is not None:
                 raise ValueError(
                     f"{existing} holds a run with {difference}; choose another --output or delete it"
@@ -216,6 +218,17 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
     if not isinstance(settings, dict):
         raise ValueError(f"{folder} exists and is not a run; choose another --output")
     return settings
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that came later than the run."""
+    recipe = settings.get("recipe")
+    recipe = _as_json(Recipe()) | recipe if isinstance(recipe, dict) else recipe
+    return _as_json(RunSettings(task="", model="")) | settings | {"recipe": recipe}
+
+
+def _as_json(settings: RunSettings | Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def read_json(path: Path) -> Any:

@@ -170,7 +170,12 @@ def make_plan(
     if not isinstance(model, str) or not model:
         raise ValueError(f"recipe {recipe} names no model; give --model")
     for name in overrides or {}:
-        own = [arm for arm in parts["arms"] if name in content.get("arms", {}).get(arm, {})]
+        settings = content.get("arms", {})
+        own = [
+            arm
+            for arm in parts["arms"]
+            if name in settings.get(arm.partition("-")[0], {}) | settings.get(arm, {})
+        ]
         if own:
             raise ValueError(
                 f"cannot set {name} for all: recipe {recipe} has its own for the arm {own[0]}; "

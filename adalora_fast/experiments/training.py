@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .adapters import adapt, check_budget, load_encoder, ranks_of, save_adapter, training_callbacks
+from .adapters import adapt, load_encoder, save_adapter
+from .allocation import check_budget, ranks_of, training_callbacks
 from .progress import TrainingProgress
 from .recorder import Recorder
 from .runs import RunFolder, RunSettings, open_run, read_json, write_json

@@ -6,13 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
-from adalora_fast.experiments.adapters import (
-    PeftAllocation,
-    adapt,
-    check_budget,
-    ranks_of,
-    training_callbacks,
-)
+from adalora_fast.experiments.adapters import adapt
+from adalora_fast.experiments.allocation import PeftAllocation, check_budget, ranks_of, training_callbacks
 from adalora_fast.experiments.models import head_modules, locate_matrix, target_modules
 from adalora_fast.experiments.recipes import Recipe
 from adalora_fast.experiments.runs import RunSettings

@@ -20,6 +20,8 @@ from adalora_fast.scores import score_names
         "movement+ema_uncertainty+task",
         "uniform",
         "random",
+        "lora-r4",
+        "fisher+sum-slow",
         *OTHER_METHODS,
     ],
 )
@@ -32,6 +34,7 @@ def test_an_arm_and_its_settings_say_the_same(arm):
     [
         ("fischer", "unknown arm 'fischer'; choose one of sensitivity, "),
         ("", "unknown arm ''"),
+        ("lore-r4", "unknown arm 'lore'"),
         ("lora+sum", r"unknown arm 'lora\+sum'"),
         ("fisher+mean", r"unknown part 'mean' of the arm 'fisher\+mean'; choose ema_uncertainty, "),
         ("fisher+sum+ema", "unknown part 'ema'"),

@@ -13,7 +13,8 @@ OTHER = {  # a value for every field that is not its default
     "max_grad_norm": 0.3, "init_r": 12, "target_r": 5, "scale": 3.0, "tinit": 4, "tfinal": 0.25, "deltaT": 6,
     "orth_reg_weight": 0.7, "beta1": 0.6, "beta2": 0.65, "classifier_dropout": 0.35, "dropout": 0.15,
     "precision": "bf16", "train_rows": 11, "evaluation_rows": 12, "stride": 13, "n_best": 3,
-    "max_answer_length": 7,
+    "max_answer_length": 7, "beams": 2, "matrices": ("query",), "adapter_dropout": 0.05, "bottleneck": 9,
+    "virtual_tokens": 4, "train_biases": True,
 }  # fmt: skip
 
 
@@ -46,6 +47,16 @@ def test_the_task_goes_before_the_defaults_and_an_override_before_both(tmp_path)
     assert load_recipe(path, "rte").epochs == 4
     changed = load_recipe(path, "mrpc", epochs=6)
     assert (changed.epochs, changed.deltaT, changed.learning_rate) == (6, 2, Recipe().learning_rate)
+
+
+def test_a_variant_adds_to_its_arm(tmp_path):
+    arms = {"lora": {"scale": 4.0, "target_r": 2}, "lora-r4": {"target_r": 4}}
+    path = write(tmp_path, {"arms": arms})
+    variant = load_recipe(path, "mrpc", "lora-r4")
+    assert (variant.scale, variant.target_r) == (4.0, 4)
+    assert load_recipe(path, "mrpc", "lora").target_r == 2
+    with pytest.raises(ValueError, match=r"mine\.json has no settings for the arm lora-r8; write them under"):
+        load_recipe(path, "mrpc", "lora-r8")
 
 
 def test_an_empty_file_of_settings_gives_the_defaults(tmp_path):
@@ -168,6 +179,11 @@ def test_json_of_the_wrong_shape(tmp_path, content):
         ("beta1", 2),
         ("beta2", -0.1),
         ("classifier_dropout", 3),
+        ("matrices", []),
+        ("matrices", "query"),
+        ("matrices", [1]),
+        ("train_biases", 1),
+        ("adapter_dropout", 1),
     ],
 )
 def test_a_value_that_cannot_be_used(tmp_path, name, value):

@@ -11,6 +11,8 @@ from adalora_fast.experiments.runs import RunSettings, open_run
 
 SETTINGS = RunSettings(task="sst2", model="tiny")
 OTHER = {
+    "variant": "r4",
+    "adapters": ["a", "b"],
     "task": "rte", "model": "other", "method": "lora", "score": "fisher", "smoothing": "sum",
     "score_gradient": "task", "seed": 1, "held_out": 0.1, "data_dir": "/data", "dtype": "bfloat16",
     "attention": "eager", "compile": True, "recipe": Recipe(epochs=9),
@@ -31,7 +33,9 @@ def names(path):
 def test_labels():
     labels = {"adalora": "sensitivity", "lora": "lora-r8", "head": "head-only", "full": "full"}
     labels["peft"] = "peft-adalora"
+    labels |= {method: method for method in runs.METHODS if method not in labels}
     assert {method: replace(SETTINGS, method=method).label for method in runs.METHODS} == labels
+    assert replace(SETTINGS, method="lora", variant="r4").label == "lora-r4"
 
 
 @pytest.mark.parametrize("name", ["method", "score_gradient", "dtype"])
@@ -86,9 +90,20 @@ def test_every_setting_of_the_recipe_counts(tmp_path, name):
     complete(tmp_path / "run")
     others = {"target_r": 4, "classifier_dropout": 0.4, "beta1": 0.5, "beta2": 0.5}
     others |= {"dropout": 0.2, "precision": "bf16", "train_rows": 5, "evaluation_rows": 5}
+    others |= {"matrices": ("query",), "adapter_dropout": 0.1, "train_biases": True}
     value = others[name] if name in others else getattr(SETTINGS.recipe, name) * 2
     with pytest.raises(ValueError, match=rf"holds a run with recipe\.{name} = "):
         open_run(tmp_path / "run", replace(SETTINGS, recipe=replace(SETTINGS.recipe, **{name: value})))
+
+
+def test_a_run_of_before_a_setting_existed_has_its_default(tmp_path):
+    path = complete(tmp_path / "run").path
+    config = json.loads((path / "config.json").read_text())
+    del config["settings"]["variant"], config["settings"]["recipe"]["bottleneck"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert open_run(path, SETTINGS).is_complete
+    with pytest.raises(ValueError, match=r"recipe\.bottleneck = 64, and 8 was asked for"):
+        open_run(path, replace(SETTINGS, recipe=replace(SETTINGS.recipe, bottleneck=8)))
 
 
 def test_an_interrupted_run_is_taken_over_with_its_config(tmp_path):

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..runs import read_json
+from ..runs import METHODS, read_json
 
 RESULT_KEYS = (
     "task", "model", "arm", "seed", "sample", "primary_metric", "primary", "metrics", "trainable_parameters",
     "total_rank", "train_seconds", "seconds",
 )  # fmt: skip
 NULLS = ("uniform", "random")
-PLAIN = ("peft", "lora", "full", "head")  # arms without an importance score of this package
+PLAIN = METHODS[1:]  # without an importance score of this package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Plan:
     @property
     def scores(self) -> tuple[str, ...]:
         """The arms that allocate by an importance score."""
-        return tuple(arm for arm in self.arms if arm not in (*NULLS, *PLAIN))
+        return tuple(arm for arm in self.arms if arm.partition("-")[0] not in (*NULLS, *PLAIN))
 
 
 @dataclass(frozen=True, kw_only=True)
