@@ -103,7 +103,7 @@ class Sweep:
     """
 
     recipe: str
-    """study-table1, study-table2, adalora-glue, adalora-squad, minilm-glue, minilm-squad, or a JSON file."""
+    """One of the package (study-table1, minilm-glue, ...; a wrong name lists them all), or a JSON file."""
     output: Path | None = None
     """Folder of the sweep (default: runs/<recipe>)."""
     model: str | None = None

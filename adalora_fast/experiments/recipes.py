@@ -7,11 +7,10 @@
      "tuning": {"learning_rates": [5e-4, ...], "seeds": [0, 1], "held_out": 0.1}}
 
 What an arm says goes before what a task says, and that before the defaults; an arm with a variant (lora-r4)
-has first what its arm (lora) says. `grid` is what a sweep runs; with
-`tuning`, every arm's learning rate is first chosen on a part of the training data that is held out. With the
-package come `study-table1` and `study-table2` (the score study: rank 16 to 8, three epochs), `adalora-glue`
-and `adalora-squad` (AdaLoRA's own scripts for DeBERTa-v3-base), `minilm-glue` and `minilm-squad` (for the
-packaged encoder).
+has first what its arm (lora) says. `grid` is what a sweep runs; with `tuning`, every arm's learning rate is
+first chosen on a part of the training data that is held out. With the package come those of the score study
+(`study-table1`, `study-table2`), of AdaLoRA's own scripts (`adalora-glue`, `adalora-squad`), of other studies
+(`thesis-*`, `survey-*`) and for the packaged encoder (`minilm-*`); each describes itself.
 """
 
 import json
