@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -51,7 +50,7 @@ class Train:
     """
 
     task: str
-    """mrpc, sst2, cola, rte, qnli, qqp, wnli, stsb, mnli, squad or squad_v2."""
+    """mrpc, sst2, cola, rte, qnli, qqp, wnli, stsb, mnli, squad, squad_v2 or wmt16_ro_en."""
     model: str = "microsoft/deberta-v3-base"
     """minilm (the packaged encoder), the path of a local folder, or a name on the hub."""
     data_dir: Path | None = None
@@ -59,19 +58,21 @@ class Train:
     output: Path | None = None
     """Folder of the run (default: runs/<task>/<model>-<method>-seed<seed>)."""
     method: str = "adalora"
-    """adalora, peft (PEFT's own), lora (at the final rank), head (head only) or full (every weight)."""
+    """adalora, peft (PEFT's own), lora (at the final rank), full (every weight), head, bitfit, houlsby,
+    fusion (of houlsby runs), prompt, prefix, p_tuning or ia3.
+    """
+    adapters: tuple[Path, ...] = ()
+    """For fusion: two or more folders of finished houlsby runs, of any tasks."""
     score: str = "sensitivity"
-    """sensitivity, movement, fisher, gsnr, magnitude, or the nulls uniform and random."""
-    smoothing: str | None = None
-    """ema_uncertainty, ema, sum or none (default: the score's own)."""
-    score_gradient: str = "total"
-    """total (as PEFT does), or task (without the orthogonality term)."""
+    """For adalora: sensitivity, movement, fisher, gsnr, magnitude, or the nulls uniform and random; "+sum",
+    "+ema", "+ema_uncertainty" or "+none" for another smoothing, "+task" to leave the orthogonality term out.
+    """
     recipe: str | None = None
     """One of the package (default: by model and task), or the path of a JSON file."""
     set: tuple[str, ...] = ()
     """Settings of the recipe to change, for instance epochs=5 learning_rate=1e-3 init_r=12."""
     dtype: str = "float32"
-    """Of the frozen weights: float32, bfloat16 or float16."""
+    """Of the frozen weights: float32, bfloat16, float16 or nf4 (four bits, as QLoRA)."""
     attention: str | None = None
     """eager, sdpa or flash_attention_2 (default: what is fastest)."""
     compile: bool = False
@@ -80,10 +81,14 @@ class Train:
     """Seed of the initial weights and the order of the data."""
 
     def run(self, console: "Console") -> None:
+        from adalora_fast.experiments.arms import parse_arm
         from adalora_fast.experiments.recipes import parse_overrides
         from adalora_fast.experiments.single import run_single
 
-        names = ("method", "score", "smoothing", "score_gradient", "dtype", "attention", "compile", "seed")
+        way = parse_arm(self.score) if self.method == "adalora" else {"method": self.method}
+        if way["method"] != self.method:
+            raise ValueError(f"{self.score} is no score but a method; give --method {self.score}")
+        names = ("dtype", "attention", "compile", "seed")
         run_single(
             task_name=self.task,
             model=self.model,
@@ -91,7 +96,9 @@ class Train:
             output=self.output,
             recipe=self.recipe,
             overrides=parse_overrides(self.set),
-            options={name: getattr(self, name) for name in names},
+            options=way
+            | {name: getattr(self, name) for name in names}
+            | {"adapters": tuple(str(path.expanduser().absolute()) for path in self.adapters)},
             console=console,
         )
 
@@ -113,8 +120,8 @@ class Sweep:
     tasks: tuple[str, ...] = ()
     """In place of the recipe's."""
     arms: tuple[str, ...] = ()
-    """In place of the recipe's: scores (fisher, fisher+sum, fisher+task, ...), uniform, random, peft, lora,
-    full, head.
+    """In place of the recipe's: scores (fisher, fisher+sum, fisher+task, ...), uniform, random, and the
+    methods of `train` but fusion.
     """
     seeds: tuple[int, ...] = ()
     """In place of the recipe's."""
@@ -123,7 +130,7 @@ class Sweep:
     tune: bool = False
     """Choose every arm's learning rate on held-out training data first."""
     dtype: str = "float32"
-    """Of the frozen weights: float32, bfloat16 or float16."""
+    """Of the frozen weights: float32, bfloat16, float16 or nf4 (four bits, as QLoRA)."""
     attention: str | None = None
     """eager, sdpa or flash_attention_2 (default: what is fastest)."""
     compile: bool = False
@@ -180,8 +187,8 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze:
-    """Compare finished runs of one task: CKA of their representations, or the loss on the paths between
-    them.
+    """Compare finished runs of one task: CKA of their representations, or the loss on the paths between them.
+    An interrupted comparison of paths goes on with the same command.
     """
 
     measure: Annotated[Literal["cka", "connectivity"], tyro.conf.Positional]
@@ -189,7 +196,7 @@ class Analyze:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, two or more."""
     output: Path = Path("runs/analysis")
-    """Folder of the results (JSON) and figures."""
+    """Folder of the results (JSON), a report (Markdown) and figures."""
     model: str | None = None
     """The base model, where it is not where the runs name it."""
     data_dir: Path | None = None
@@ -208,18 +215,25 @@ class Analyze:
     """CKA: keep representations in this folder."""
     points: int = 11
     """Paths: evenly spaced points, ends included."""
+    pairs: Literal["all", "within", "between"] = "all"
+    """Paths: of all runs, of runs that differ in the seed alone, or of all others."""
+    most_pairs: int | None = None
+    """Paths: at most so many pairs of every two groups of runs, by lot (default: all)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes matrix products of bfloat16 numbers: faster, losses differ in the third digit."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.analysis import analyze_cka, analyze_connectivity
+        from adalora_fast.analysis import AnalysisProgress, analyze_cka, analyze_connectivity
 
         common = {"output": self.output, "model": self.model, "data_dir": _data_dir(self.data_dir)}
-        common |= {"split": self.split, "say": _saying(console)}
+        common |= {"split": self.split, "precision": self.precision, "progress": AnalysisProgress(console)}
         if self.measure == "cka":
             given = {} if self.rows is None else {"rows": self.rows}
             given |= {"layer": self.layer, "layers": self.layers, "batch_size": self.batch_size}
             analyze_cka(self.folders, cache=self.cache, **given, **common)
         else:
-            analyze_connectivity(self.folders, points=self.points, rows=self.rows, **common)
+            chosen = {name: getattr(self, name) for name in ("points", "rows", "pairs", "most_pairs")}
+            analyze_connectivity(self.folders, **chosen, **common)
         console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -245,20 +259,17 @@ class Soup:
     """The base model, where it is not where the runs name it."""
     data_dir: Path | None = None
     """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else that of the runs)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes matrix products of bfloat16 numbers: faster, losses differ in the third digit."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.analysis import make_soup
+        from adalora_fast.analysis import AnalysisProgress, make_soup
 
-        names = ("recipe", "save", "rank", "selection", "split", "model")
+        names = ("recipe", "save", "rank", "selection", "split", "model", "precision")
         options = {name: getattr(self, name) for name in names}
-        make_soup(
-            self.folders, self.output, data_dir=_data_dir(self.data_dir), say=_saying(console), **options
-        )
+        options |= {"data_dir": _data_dir(self.data_dir), "progress": AnalysisProgress(console)}
+        make_soup(self.folders, self.output, **options)
         console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _saying(console: "Console") -> Callable[[str], None]:
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

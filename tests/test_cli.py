@@ -97,7 +97,7 @@ def test_train_again_and_report(capsys, here):
 def test_flags_reach_the_run(here, capsys):
     flags = ["--set", "init_r=6", "target_r=3", "learning_rate=0.002", "epochs=3", "train_rows=20"]
     flags += ["--seed", "5", "--dtype", "bfloat16", "--attention", "eager"]
-    flags += ["--score", "movement", "--smoothing", "sum", "--score-gradient", "task"]
+    flags += ["--score", "movement+sum+task"]
     assert cli.main(train(*flags, output=None)) == 0
     (folder,) = (here / "runs" / "sst2").iterdir()
     assert folder.name == "bert-movement+sum+task-seed5"  # runs/<task>/<model>-<method>-seed<seed>
@@ -138,10 +138,10 @@ def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
         ({"model": "data/"}, "has no config.json; give a folder written by save_pretrained"),
         ({"recipe": "nope"}, "no recipe 'nope'; choose adalora-glue, "),
         ({"data_dir": "two\nlines"}, "no train.parquet or train_sample.parquet in {here}/two lines/sst2"),
-        ({"method": "prefix"}, "unknown method 'prefix'; choose one of adalora, peft, lora, head, full"),
-        ({"score": "luck"}, "score 'luck' is not one of"),
-        ({"smoothing": "much"}, "smoothing 'much' is not one of"),
-        ({"score_gradient": "some"}, "unknown score_gradient 'some'; choose one of total, task"),
+        ({"method": "prefixes"}, "unknown method 'prefixes'; choose one of adalora, peft, lora, full, head"),
+        ({"score": "luck"}, "unknown arm 'luck'; choose one of sensitivity, "),
+        ({"score": "fisher+much"}, "unknown part 'much' of the arm 'fisher+much'; choose ema_uncertainty, "),
+        ({"score": "lora"}, "lora is no score but a method; give --method lora"),
         ({"set": "target_r=9"}, "target_r (9) is larger than init_r (4); raise init_r"),
         ({"set": "epochs=0"}, "epochs is 0; it must be greater than 0"),
         ({"set": "learning_rate=-1"}, "learning_rate is -1; it must be greater than 0"),
@@ -287,7 +287,7 @@ def test_a_sweep_with_a_failure_says_so_with_its_exit_code(capsys, here):
     [
         (["--tasks", "squid"], "unknown task 'squid'"),
         (["--arms", "fischer"], "unknown arm 'fischer'"),
-        (["--set", "epoch=3"], "cannot set 'epoch=3'; write <setting>=<value> with one of batch_size"),
+        (["--set", "epoch=3"], "cannot set 'epoch=3'; write <setting>=<value> with one of adapter_dropout"),
         (["--set", "epochs"], "cannot set 'epochs'"),
         (["--set", "epochs=many"], "epochs is 'many'; it must be a finite number"),
         (["--set", "precision=fp8"], "unknown precision 'fp8'; choose one of fp32, bf16, fp16"),

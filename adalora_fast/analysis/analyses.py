@@ -1,33 +1,34 @@
-"""From run folders to tables of numbers and figures: one function for each kind of comparison.
+"""From run folders to tables of numbers and figures: CKA, and the loss on the paths between runs.
 
-Each returns what it writes as JSON into `output`, beside figures; with `output` of None nothing is written.
+Each function returns what it writes as JSON into `output`, beside a report in Markdown and figures; with
+`output` of None nothing is written. Runs come in the order of `groups.in_order`, whatever order the folders
+have.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adalora_fast.environment import environment, write_json
-from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.squad import QuestionSplit
-from adalora_fast.experiments.tasks import Split
+from adalora_fast.environment import write_json
 
 from . import plots
 from .cka import FEWEST_ROWS, MinibatchCKA, cka_matrix
-from .connectivity import describe_path, evaluate_path, grid
+from .common import header, make_folder, of_split, open_in_order, some_of, write_text
+from .connectivity import describe_path, grid
+from .evaluations import Evaluations, hash_of_rows, mixture_of
 from .features import FeatureReader
-from .rows import Evaluation, RowSet, read_rows, selection_and_report
-from .saved import SavedRun, names_of, open_runs
-from .shared import SharedModel
-from .soup import ensemble_logits, greedy_soup, uniform_soup
-from .soup_files import check_free, save_full, save_lora
+from .groups import group_means, groups_of, pairs_of
+from .progress import AnalysisProgress, Silent
+from .report import cka_report, connectivity_report
+from .rows import Evaluation, RowSet, read_rows
+from .saved import names_of
+from .shared import SharedModel, check_precision
 
 ROWS = 512  # as in the study of uniformity
-Say = Callable[[str], None]
 
 
 def analyze_cka(
@@ -42,11 +43,12 @@ def analyze_cka(
     cache: Path | None = None,
     model: str | None = None,
     data_dir: Path | None = None,
-    say: Say = lambda text: None,
+    precision: str = "fp32",
+    progress: AnalysisProgress | None = None,
 ) -> dict[str, Any]:
     """How alike the representations of runs are: linear CKA of every run with every other.
 
-    Writes cka.json, cka.png and .svg, and with `layers` cka-layers.png and .svg.
+    Writes cka.json and cka.md, cka.png and .svg, and with `layers` cka-layers.png and .svg.
 
     Args:
         folders: of finished runs of one task and base model.
@@ -57,7 +59,8 @@ def analyze_cka(
         split: of the task; None is the first one that is evaluated.
         cache: folder for representations; None keeps none.
         model, data_dir: in place of those that the runs name.
-        say: is told what is being done.
+        precision: fp32, or bf16 for matrix products of bfloat16 numbers.
+        progress: shows how far it is; None shows nothing.
 
     Raises:
         ValueError, FileNotFoundError: runs that cannot be opened or compared, data that are not there, no
@@ -65,42 +68,42 @@ def analyze_cka(
     """
     if batch_size is not None and batch_size < FEWEST_ROWS:
         raise ValueError(f"batches of {batch_size} rows are too small; take {FEWEST_ROWS} or more")
-    runs, settings = _open(folders, model)
-    part = _some(read_rows(settings, split, data_dir), rows)
-    _make(output)
-    shared = SharedModel.load(settings)
-    reader = FeatureReader(
-        shared,
-        part,
-        max_length=settings.recipe.max_length,
-        batch_size=2 * settings.recipe.batch_size,
-        cache=cache,
-    )
+    check_precision(precision)
+    progress = progress or Silent()
+    runs, settings = open_in_order(folders, model)
+    part = some_of(read_rows(settings, split, data_dir), rows)
+    make_folder(output)
+    shared = SharedModel.load(settings, precision=precision)
+    reader = FeatureReader(shared, part, max_length=settings.recipe.max_length, cache=cache)
     chosen = reader.place(layer)
     wanted = list(range(reader.layers + 1)) if layers else [chosen]
     features = []
-    for run, name in zip(runs, names_of(runs), strict=True):
-        say(f"representations of {name}")
-        (change,) = shared.read([run])
-        features.append(reader.read(run, change, wanted))
+    with progress.steps("representations", len(runs)) as advance:
+        for run in runs:
+            (change,) = shared.read([run])
+            features.append(reader.read(run, change, wanted))
+            advance()
     own = wanted.index(chosen)
     matrix = _aligned([each[own] for each in features], batch_size)
     result = {
-        **_header(runs, settings),
-        "rows": {"split": split or runs[0].task.evaluation[0], "rows": len(part), "source": part.source},
+        **header(runs, settings, precision),
+        "rows": of_split(part, split, runs[0].task),
         "layer": chosen,
         "batch_size": batch_size,
         "cka": matrix.tolist(),
-        **_by_group(runs, matrix),
+        **group_means(groups_of(runs), matrix),
     }
     if layers:
-        say("layers with layers")
-        result["layers"] = [
-            {"a": a, "b": b, "cka": _aligned(features[a], batch_size, features[b]).tolist()}
-            for a, b in combinations(range(len(runs)), 2)
-        ]
+        result["layers"] = []
+        pairs = list(combinations(range(len(runs)), 2))
+        with progress.steps("layers with layers", len(pairs)) as advance:
+            for a, b in pairs:
+                alignment = _aligned(features[a], batch_size, features[b])
+                result["layers"].append({"a": a, "b": b, "cka": alignment.tolist()})
+                advance()
     if output is not None:
         write_json(output / "cka.json", result)
+        write_text(output / "cka.md", cka_report(result))
         plots.cka_figures(result, output)
     return result
 
@@ -110,229 +113,98 @@ def analyze_connectivity(
     *,
     output: Path | None = None,
     points: int = 11,
+    pairs: str = "all",
+    most_pairs: int | None = None,
     rows: int | None = None,
     split: str | None = None,
     model: str | None = None,
     data_dir: Path | None = None,
-    say: Say = lambda text: None,
+    precision: str = "fp32",
+    progress: AnalysisProgress | None = None,
 ) -> dict[str, Any]:
-    """Loss and metrics on the straight paths between runs, every run with every other.
+    """Loss and metrics on the straight paths between runs.
 
-    Writes connectivity.json, convexity-gap.png and .svg, and paths.png and .svg.
+    Writes connectivity.json and connectivity.md, convexity-gap.png and .svg, and paths.png and .svg; and
+    connectivity.jsonl as it goes, from which an interrupted comparison goes on, also with more runs, pairs or
+    points.
 
     Args:
         folders: of finished runs of one task and base model; their ranks and methods may differ.
         points: evenly spaced on each path, its ends included.
+        pairs, most_pairs: which runs to compare, see `groups.pairs_of`.
         rows: how many rows of the split, always the same ones; None takes all.
-        split, model, data_dir, say: see `analyze_cka`.
+        split, model, data_dir, precision, progress: see `analyze_cka`.
 
     Raises:
-        ValueError, FileNotFoundError: see `analyze_cka`; fewer than three points.
+        ValueError, FileNotFoundError: see `analyze_cka`; fewer than three points; no pairs.
+        BlockingIOError: another process writes into `output`.
     """
     alphas = grid(points)
-    runs, settings = _open(folders, model)
-    part = _some(read_rows(settings, split, data_dir), rows)
-    _make(output)
-    shared = SharedModel.load(settings)
+    check_precision(precision)
+    progress = progress or Silent()
+    runs, settings = open_in_order(folders, model)
+    compared = pairs_of(runs, pairs, most_pairs)
+    part = some_of(read_rows(settings, split, data_dir), rows)
+    make_folder(output)
+    shared = SharedModel.load(settings, precision=precision)
     data = RowSet(settings, {"rows": part}, shared.tokenizer, shared.device)
     changes, names = shared.read(runs), names_of(runs)
-    ends = []
-    for run, name in enumerate(names):
-        say(f"evaluating {name}")
-        with shared.mixed([changes[run]], [1.0]) as mixed:
-            ends.append(data.evaluate(mixed, "rows", name))
-    paths, gaps = [], np.zeros((len(runs), len(runs)))
-    for a, b in combinations(range(len(runs)), 2):
-        say(f"from {names[b]} to {names[a]}")
-        path = evaluate_path(shared, changes, (a, b), (ends[a], ends[b]), data, "rows", points)
-        paths.append({"a": a, "b": b, **describe_path(path, runs[0].task.metrics[0])})
-        gaps[a, b] = gaps[b, a] = paths[-1]["convexity_gap"]
+    prints = [run.fingerprint() for run in runs]
+    # Every path as the weights of its two runs, from b (α = 0) to a; a run by itself is its own mixture.
+    wanted = {
+        mixture_of([prints[run]], [1.0]): ([run], [1.0])
+        for run in sorted({run for pair in compared for run in pair})
+    }
+    for a, b in compared:
+        for alpha in alphas[1:-1]:
+            weights = [alpha, 1 - alpha]
+            wanted.setdefault(mixture_of([prints[a], prints[b]], weights), ([a, b], weights))
+    file = None if output is None else output / "connectivity.jsonl"
+    with Evaluations(file, hash_of_rows(shared, part, settings)) as done:
+        missing = {mixture: parts for mixture, parts in wanted.items() if mixture not in done}
+        _say_what_is_kept(progress, done, len(wanted) - len(missing), len(wanted))
+        with progress.steps("paths", len(missing)) as advance:
+            for mixture, (places, weights) in missing.items():
+                with shared.mixed([changes[place] for place in places], weights) as mixed:
+                    what = " and ".join(names[place] for place in places)
+                    done.add(mixture, data.evaluate(mixed, "rows", what))
+                advance()
+
+        def between(a: int, b: int, alpha: float) -> Evaluation:
+            return done.get(mixture_of([prints[a], prints[b]], [alpha, 1 - alpha]))
+
+        described, gaps = [], np.full((len(runs), len(runs)), np.nan)
+        for a, b in compared:
+            path = [between(a, b, alpha) for alpha in alphas]
+            described.append({"a": a, "b": b, **describe_path(path, runs[0].task.metrics[0])})
+            gaps[a, b] = gaps[b, a] = described[-1]["convexity_gap"]
+        ends = {run: done.get(mixture_of([prints[run]], [1.0])) for pair in compared for run in pair}
+    np.fill_diagonal(gaps, 0.0)
     result = {
-        **_header(runs, settings),
-        "rows": {"split": split or runs[0].task.evaluation[0], "rows": len(part), "source": part.source},
+        **header(runs, settings, precision),
+        "rows": of_split(part, split, runs[0].task),
         "alphas": alphas.tolist(),
+        "pairs": {"which": pairs, "most": most_pairs},
         "primary_metric": runs[0].task.metrics[0],
-        "ends": [asdict(end) for end in ends],
-        "paths": paths,
-        "convexity_gap": gaps.tolist(),
-        **_by_group(runs, gaps),
+        "ends": [asdict(ends[run]) if run in ends else None for run in range(len(runs))],
+        "paths": described,
+        "convexity_gap": [[None if np.isnan(gap) else gap for gap in row] for row in gaps.tolist()],
+        **group_means(groups_of(runs), gaps),
     }
     if output is not None:
         write_json(output / "connectivity.json", result)
+        write_text(output / "connectivity.md", connectivity_report(result))
         plots.connectivity_figures(result, output)
     return result
 
 
-def make_soup(
-    folders: Sequence[Path | str],
-    output: Path,
-    *,
-    recipe: str = "greedy",
-    save: str = "lora",
-    rank: int | None = None,
-    selection: str = "halves",
-    split: str | None = None,
-    model: str | None = None,
-    data_dir: Path | None = None,
-    say: Say = lambda text: None,
-) -> dict[str, Any]:
-    """A soup of runs, beside its best member, the uniform soup and the ensemble of logits.
-
-    Writes soup.json, and into `model/` the soup itself.
-
-    Args:
-        folders: of finished runs of one task and base model; their ranks and methods may differ.
-        output: a new or empty folder.
-        recipe: which soup is saved, greedy or uniform.
-        save: lora (a plain LoRA adapter), full (merged into the base), or none.
-        rank: the largest rank of the LoRA; None keeps it exact, with the members' ranks added up.
-        selection: rows to choose by, see `rows.selection_and_report`.
-        split, model, data_dir, say: see `analyze_cka`.
-
-    Raises:
-        ValueError, FileNotFoundError: see `analyze_cka`; a fully trained run in a LoRA; a folder in the way.
-    """
-    for name, value, allowed in (
-        ("soup", recipe, ("greedy", "uniform")),
-        ("form", save, ("lora", "full", "none")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"unknown {name} {value!r}; choose {', '.join(allowed)}")
-    if rank is not None and save != "lora":
-        raise ValueError(f"a rank of {rank} is for save = lora, and save is {save}; leave it out")
-    if rank is not None and rank < 1:
-        raise ValueError(f"the rank is {rank}; choose 1 or more")
-    check_free(output)
-    runs, settings = _open(folders, model)
-    full = next((run for run in runs if run.settings.method == "full"), None)
-    if save == "lora" and full is not None:
-        raise ValueError(f"{full.path} was trained fully, which no LoRA holds; save the soup as full")
-    chosen, reported = selection_and_report(settings, selection, split, data_dir)
-    _make(output)
-    shared = SharedModel.load(settings)
-    data = RowSet(settings, {"selection": chosen, "report": reported}, shared.tokenizer, shared.device)
-    changes, names = shared.read(runs), names_of(runs)
-
-    def judged(weights: list[float], part: str) -> Evaluation:
-        with shared.mixed(changes, weights) as mixed:
-            return data.evaluate(mixed, part)
-
-    outputs, members = {"selection": [], "report": []}, []
-    for run, name in enumerate(names):
-        say(f"evaluating {name}")
-        with shared.mixed([changes[run]], [1.0]) as mixed:
-            for part, collected in outputs.items():
-                collected.append(data.logits(mixed, part))
-        members.append({part: asdict(data.judge(each[-1], part, name)) for part, each in outputs.items()})
-    say("stirring")
-    greedy = greedy_soup(
-        [member["selection"]["loss"] for member in members],
-        lambda weights: judged(weights, "selection").loss,
-    )
-    uniform = uniform_soup(len(runs))
-    result = {
-        **_header(runs, settings),
-        "rows": data.describe(),
-        "selection": selection,
-        "members": members,
-        "best_member": greedy.order[0],
-        "greedy": {
-            **asdict(greedy),
-            **{part: asdict(judged(greedy.weights, part)) for part in outputs},
-        },
-        "uniform": {"weights": uniform, **{part: asdict(judged(uniform, part)) for part in outputs}},
-        "ensemble": {
-            part: asdict(data.judge(ensemble_logits(each), part, "the ensemble"))
-            for part, each in outputs.items()
-        },
-        "saved": None,
-    }
-    write_json(output / "soup.json", result)
-    if save != "none":
-        weights = greedy.weights if recipe == "greedy" else uniform
-        say("saving")
-        result["saved"] = {"soup": recipe, "form": save}
-        if save == "lora":
-            saved = save_lora(shared, changes, weights, settings, output / "model", rank=rank)
-            result["saved"] |= asdict(saved)
-        else:
-            save_full(shared, changes, weights, output / "model")
-        write_json(output / "soup.json", result)
-    return result
-
-
-def _open(folders: Sequence[Path | str], model: str | None) -> tuple[list[SavedRun], RunSettings]:
-    runs = open_runs(folders)
-    settings = runs[0].settings
-    return runs, settings if model is None else replace(settings, model=model)
-
-
-def _some(part: Split | QuestionSplit, rows: int | None) -> Split | QuestionSplit:
-    if rows is not None and rows < 2:
-        raise ValueError(f"{rows} rows are too few to compare runs on; take 2 or more")
-    return part.take(rows)
-
-
-def _make(output: Path | None) -> None:
-    """Before anything slow: a place that cannot be written to is said at once."""
-    if output is None:
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(
-            f"cannot write to {output} ({error.strerror or error}); choose another --output"
-        ) from error
-
-
-def _header(runs: list[SavedRun], settings: RunSettings) -> dict[str, Any]:
-    return {
-        "task": settings.task,
-        "model": settings.model,
-        "runs": [
-            {
-                "name": name,
-                "folder": str(run.path),
-                "method": run.settings.label,
-                "group": group,
-                "seed": run.settings.seed,
-                "target_r": run.settings.recipe.target_r,
-                "primary": run.result.get("primary"),
-            }
-            for run, name, group in zip(runs, names_of(runs), _groups(runs), strict=True)
-        ],
-        "environment": environment(),
-    }
-
-
-def _groups(runs: list[SavedRun]) -> list[str]:
-    """Runs that differ in their seed alone have one group: the method, with its rank where it has several."""
-    ranks: dict[str, set[int]] = {}
-    for run in runs:
-        ranks.setdefault(run.settings.arm, set()).add(run.settings.recipe.target_r)
-    return [
-        run.settings.label
-        if len(ranks[run.settings.arm]) == 1 or run.settings.method in ("lora", "head", "full")
-        else f"{run.settings.label}-r{run.settings.recipe.target_r}"
-        for run in runs
-    ]
-
-
-def _by_group(runs: list[SavedRun], matrix: np.ndarray) -> dict[str, Any]:
-    """Means over pairs of different runs, by the groups of the two; null where there is no such pair."""
-    groups = _groups(runs)
-    names = list(dict.fromkeys(groups))
-
-    def mean(first: str, second: str) -> float | None:
-        values = [
-            matrix[a, b]
-            for a in range(len(runs))
-            for b in range(len(runs))
-            if a != b and groups[a] == first and groups[b] == second
-        ]
-        return float(np.mean(values)) if values else None
-
-    return {"groups": names, "group_means": [[mean(first, second) for second in names] for first in names]}
+def _say_what_is_kept(progress: AnalysisProgress, done: Evaluations, found: int, wanted: int) -> None:
+    if found:
+        progress.say(f"{found} of {wanted} evaluations are in {done.path} from before")
+    if done.others:
+        progress.say(f"{done.others} lines of {done.path} are of other rows or settings and are left alone")
+    if done.damaged:
+        progress.say(f"{done.damaged} lines of {done.path} are damaged and are left alone")
 
 
 def _aligned(Xs: list[np.ndarray], batch_size: int | None, Ys: list[np.ndarray] | None = None) -> np.ndarray:

@@ -6,8 +6,9 @@ s = α / (init_r + 1e-5) and diag(λ)),
     ΔW_i = B_i A_i        A_i [r_i, in], B_i [out, r_i]
 
 and a mixture with weights w_i that sum to 1 has the matrix W + Σ_i w_i B_i A_i: never a product of mixed
-factors, so ranks and methods may differ. Whatever a run trained fully (its head; all of full fine-tuning) is
-kept as it is, and mixes as Σ_i w_i θ_i, with the base's own tensor in place of a θ_i that a run has not.
+factors, so ranks and methods may differ. Whatever a run trained fully (its head; biases; all of full
+fine-tuning) is kept as it is, and mixes as Σ_i w_i θ_i, with the base's own tensor in place of a θ_i that a
+run has not.
 """
 
 import math
@@ -19,11 +20,16 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from adalora_fast.experiments.fusion import TRAINED
 from adalora_fast.experiments.models import head_modules
 from adalora_fast.integrations.files import file_within, read_config, read_tensors, weights_file
 from adalora_fast.integrations.plain_lora import PREFIX, convert, scale_of
 
-from .saved import FULL, HEAD, SavedRun
+from .saved import FULL, SavedRun
+
+# With trained biases, PEFT stores those of a head three times: as the head itself, which counts, in its copy
+# of the head from before, and in the module that holds both.
+COPIES = {"original_module", "modules_to_save"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +67,8 @@ def read_change(run: SavedRun, base: nn.Module) -> RunChange:
     Raises:
         ValueError: damaged files, an adapter that is not a LoRA or AdaLoRA of this base, or no whole head.
     """
-    if run.settings.method == "head":
-        change = RunChange(factors={}, tensors=read_tensors(file_within(run.adapter, HEAD)))
+    if run.settings.method in ("head", "bitfit"):
+        change = RunChange(factors={}, tensors=read_tensors(file_within(run.adapter, TRAINED)))
     elif run.settings.method == "full":
         buffers = {name for name, _ in base.named_buffers()}
         tensors = read_tensors(file_within(run.adapter, FULL))
@@ -93,7 +99,9 @@ def mixture(name: str, base: Tensor, changes: Sequence[RunChange], weights: Sequ
         result = result + rest * base
     module = name.removesuffix(".weight")
     if module != name and (factors := concatenated(module, changes, weights)) is not None:
-        result = (base if result is None else result) + factors.B.to(base.dtype) @ factors.A.to(base.dtype)
+        result = torch.addmm(
+            base if result is None else result, factors.B.to(base.dtype), factors.A.to(base.dtype)
+        )
     return base if result is None else result
 
 
@@ -148,14 +156,16 @@ def _read_adapter(folder: Path) -> RunChange:
         ),
         None,
     )
-    if kind not in ("LORA", "ADALORA") or strange is not None or config.get("bias", "none") != "none":
-        what = strange or (f"peft_type {kind}" if config.get("bias", "none") == "none" else "trained biases")
-        raise ValueError(f"the adapter in {folder} has {what}; give a LoRA or AdaLoRA without it")
+    if kind not in ("LORA", "ADALORA") or strange is not None:
+        raise ValueError(
+            f"the adapter in {folder} has {strange or f'peft_type {kind}'}; give a LoRA or AdaLoRA without it"
+        )
     if kind == "ADALORA":
         layers = [
             key.removesuffix(".lora_E").removeprefix(PREFIX) for key in tensors if key.endswith(".lora_E")
         ]
-        plain = convert(tensors, config, dict.fromkeys(layers, scale_of(config)))
+        # PEFT could not load biases of a layer without a triplet; here they are tensors like any other.
+        plain = convert(tensors, config | {"bias": "none"}, dict.fromkeys(layers, scale_of(config)))
         tensors, scales = plain.tensors, dict.fromkeys(layers, 1.0)
     else:
         scales = _lora_scales(config, tensors, folder)
@@ -166,8 +176,8 @@ def _read_adapter(folder: Path) -> RunChange:
             module = name.removesuffix(".lora_A.weight")
             B = tensors[f"{PREFIX}{module}.lora_B.weight"]
             factors[module] = Factors(A=tensor, B=scales[module] * B)
-        elif not key.endswith(".lora_B.weight"):
-            others[name] = tensor
+        elif not key.endswith(".lora_B.weight") and not COPIES.intersection(name.split(".")):
+            others[name.replace(".base_layer.", ".")] = tensor
     return RunChange(factors=factors, tensors=others)
 
 

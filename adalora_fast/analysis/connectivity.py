@@ -16,9 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .changes import RunChange
-from .rows import Evaluation, RowSet
-from .shared import SharedModel
+from .rows import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +36,15 @@ def grid(points: int) -> np.ndarray:
     return np.linspace(0.0, 1.0, points)
 
 
+def chord(values: np.ndarray) -> np.ndarray:
+    """The straight line [N] from the first to the last of values [N] at evenly spaced points."""
+    return np.linspace(values[0], values[-1], len(values))
+
+
 def height(losses: Sequence[float]) -> float:
     """BH of a path from its losses [N] at evenly spaced points; 0 at least, as it is 0 at the ends."""
     values = _checked(losses)
-    return float(np.max(values - np.linspace(values[0], values[-1], len(values)), initial=0.0))
+    return float(np.max(values - chord(values), initial=0.0))
 
 
 def convexity_gap(losses: Sequence[float]) -> ConvexityGap:
@@ -66,29 +69,6 @@ def error_barrier(errors: Sequence[float]) -> float:
     """sup_α ε(θ(α)) − (ε(θ₁) + ε(θ₂)) / 2 from errors (or losses) [N] at evenly spaced points."""
     values = _checked(errors)
     return float(values.max() - (values[0] + values[-1]) / 2)
-
-
-def evaluate_path(
-    shared: SharedModel,
-    changes: Sequence[RunChange],
-    pair: tuple[int, int],
-    ends: tuple[Evaluation, Evaluation],
-    rows: RowSet,
-    part: str,
-    points: int,
-) -> list[Evaluation]:
-    """Loss and metrics of α θ₁ + (1 − α) θ₂ at `points` evenly spaced α, from θ₂ (α = 0) to θ₁.
-
-    Args:
-        pair: the places of θ₁ and θ₂ in `changes`.
-        ends: what is already known of θ₁ and θ₂.
-    """
-    first, second = pair
-    between = []
-    for alpha in grid(points)[1:-1]:
-        with shared.mixed([changes[first], changes[second]], [alpha, 1 - alpha]) as model:
-            between.append(rows.evaluate(model, part, f"the mixture at α = {alpha:.2f}"))
-    return [ends[1], *between, ends[0]]
 
 
 def describe_path(path: Sequence[Evaluation], primary: str) -> dict:

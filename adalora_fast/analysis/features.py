@@ -20,6 +20,7 @@ from adalora_fast.experiments.tasks import Split
 from adalora_fast.experiments.workloads import vocabulary_of
 
 from .changes import RunChange, is_of_head
+from .rows import batches_of, tokens_for
 from .saved import SavedRun
 from .shared import SharedModel
 
@@ -28,8 +29,8 @@ class FeatureReader:
     """Representations of the same texts in any run of one base model.
 
     `cache`: a folder in which they are kept, all layers of a run in one file, under a hash of everything that
-    they are made from: base weights, the run's trained files, texts, vocabulary and token limit. None keeps
-    nothing.
+    they are made from: base weights, the run's trained files, texts, vocabulary, token limit and precision.
+    None keeps nothing.
     """
 
     def __init__(
@@ -38,13 +39,13 @@ class FeatureReader:
         rows: Split | QuestionSplit,
         *,
         max_length: int,
-        batch_size: int,
         cache: Path | None = None,
     ) -> None:
         self.shared, self.cache = shared, cache
         self._texts = texts_of(rows)
-        self._max_length, self._batch_size = max_length, batch_size
+        self._max_length = max_length
         content = [hash_of_base(shared.model), self._texts, vocabulary_of(shared.tokenizer), max_length]
+        content.append(shared.precision)
         self._fixed = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
 
     @property
@@ -66,24 +67,14 @@ class FeatureReader:
         if kept is not None:
             return kept
         with self.shared.mixed([change], [1.0]) as model:
-            values = mean_states(
-                model,
-                self.shared.tokenizer,
-                self._texts,
-                max_length=self._max_length,
-                batch_size=self._batch_size,
-            )
+            values = mean_states(model, self.shared.tokenizer, self._texts, max_length=self._max_length)
         if path is not None:
             _write(path, values)
         return [values[place] for place in places]
 
     def _key(self, run: SavedRun) -> str:
         digest = self._fixed.copy()
-        for file in sorted(run.adapter.iterdir()):
-            if file.suffix == ".safetensors" or file.name.endswith("config.json"):
-                digest.update(file.name.encode())
-                with file.open("rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(run.fingerprint().encode())
         return digest.hexdigest()[:32]
 
 
@@ -93,10 +84,16 @@ def texts_of(rows: Split | QuestionSplit) -> tuple[list[str], ...]:
 
 
 def mean_states(
-    model: nn.Module, tokenizer: Any, texts: tuple[list[str], ...], *, max_length: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    texts: tuple[list[str], ...],
+    *,
+    max_length: int,
+    tokens: int | None = None,
 ) -> np.ndarray:
     """[layers + 1, N, D] float32: hidden states (embeddings first) as means over a text's tokens, without
-    padding and without the special tokens that the tokenizer put around it. Longer texts are cut.
+    padding and without the special tokens that the tokenizer put around it. Longer texts are cut. `tokens`:
+    of a batch.
 
     Raises:
         ValueError: a text without any token of its own.
@@ -108,13 +105,11 @@ def mean_states(
     empty = next((row for row, mask in enumerate(special) if all(mask)), None)
     if empty is not None:
         raise ValueError(f"row {empty} of the data has no token of its own; remove it")
-    order = sorted(range(len(rows)), key=lambda row: len(special[row]))
     collate = DataCollatorWithPadding(tokenizer)
     result: np.ndarray | None = None
     device = next(model.parameters()).device
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in batches_of([len(mask) for mask in special], tokens or tokens_for(device)):
             inputs = collate([rows[row] for row in batch]).to(device)
             length = inputs["input_ids"].shape[1]
             own = torch.zeros(len(batch), length, dtype=torch.float64, device=device)

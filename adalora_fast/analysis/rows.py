@@ -22,6 +22,8 @@ from adalora_fast.experiments.tasks import Split, Task, get_task, load_split
 from adalora_fast.experiments.workloads import Classification, Workload
 
 PADDING = -100.0  # of logits, as in transformers' Trainer
+# Tokens of a batch, padding included: what fits a processor's cache, and what fills an accelerator.
+TOKENS = {"cpu": 2048, "other": 32768}
 Logits = tuple[np.ndarray, ...]
 
 
@@ -78,7 +80,7 @@ def selection_and_report(
 
 
 class RowSet:
-    """Named parts of the data, tokenised and put into batches once, for one device."""
+    """Named parts of the data, tokenised and put into batches of `tokens` once, for one device."""
 
     def __init__(
         self,
@@ -86,6 +88,8 @@ class RowSet:
         parts: Mapping[str, Split | QuestionSplit],
         tokenizer: Any,
         device: torch.device,
+        *,
+        tokens: int | None = None,
     ) -> None:
         task = get_task(settings.task)
         self.task: Task = task
@@ -101,11 +105,9 @@ class RowSet:
         for part in parts:
             rows = data[part].remove_columns(self.workload.label_names).to_list()
             lengths = [len(row["input_ids"]) for row in rows]
-            order = sorted(range(len(rows)), key=lengths.__getitem__)  # little padding
-            size = 2 * settings.recipe.batch_size
-            chosen = [order[start : start + size] for start in range(0, len(order), size)]
             self._batches[part] = [
-                (batch, dict(collate([rows[row] for row in batch]).to(device))) for batch in chosen
+                (batch, dict(collate([rows[row] for row in batch]).to(device)))
+                for batch in batches_of(lengths, tokens or tokens_for(device))
             ]
             self._lengths[part] = np.array(lengths)
 
@@ -167,6 +169,28 @@ class RowSet:
             name: {"rows": len(part), "source": part.source, "sample": part.sample}
             for name, part in self.parts.items()
         }
+
+
+def tokens_for(device: torch.device) -> int:
+    """How many tokens a batch has on this device."""
+    return TOKENS.get(device.type, TOKENS["other"])
+
+
+def batches_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Rows in order of their length, so that there is little padding, in batches of at most `tokens` tokens
+    with it; a longer row is alone.
+    """
+    batches: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def content_of(rows: Split | QuestionSplit) -> dict[str, Any]:
+    """The rows themselves, whatever file they are from."""
+    return {name: value for name, value in vars(rows).items() if name not in ("source", "sample")}
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Finished run folders, and whether runs can be compared: the same task, base model and token limits."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -7,12 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adalora_fast.experiments.fusion import TRAINED
 from adalora_fast.experiments.recipes import Recipe
 from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.tasks import Task, get_task
+from adalora_fast.experiments.tasks import TASKS, Task, get_task
 from adalora_fast.integrations.files import CONFIG, WEIGHTS, file_within
 
-HEAD, FULL = "head.safetensors", "model.safetensors"
+FULL = "model.safetensors"
+# The methods whose runs are changes of the base model's own weights, and the files that say which.
+FILES = {
+    "lora": (CONFIG, WEIGHTS),
+    "adalora": (CONFIG, WEIGHTS),
+    "peft": (CONFIG, WEIGHTS),
+    "full": (FULL, "config.json"),
+    "bitfit": (TRAINED,),
+    "head": (TRAINED,),
+}
 # Runs that differ in one of these are not points of one loss landscape.
 COMMON = ("task", "model", "dtype", "held_out")
 COMMON_RECIPE = ("max_length", "stride")
@@ -28,8 +39,8 @@ class SavedRun:
 
     @property
     def name(self) -> str:
-        """The arm and the seed."""
-        return f"{self.settings.arm}-seed{self.settings.seed}"
+        """The method's label and the seed."""
+        return f"{self.settings.label}-seed{self.settings.seed}"
 
     @property
     def task(self) -> Task:
@@ -40,13 +51,24 @@ class SavedRun:
         """The folder of what was trained."""
         return self.path / "adapter"
 
+    def fingerprint(self) -> str:
+        """A hash of what was trained: of the names and contents of the adapter's tensors and settings."""
+        digest = hashlib.sha256()
+        for file in sorted(self.adapter.iterdir()):
+            if file.suffix == ".safetensors" or file.name.endswith("config.json"):
+                digest.update(file.name.encode())
+                with file.open("rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()[:32]
+
 
 def open_run(folder: Path | str) -> SavedRun:
     """The complete run in `folder`; no tensor is read yet.
 
     Raises:
         FileNotFoundError: no such folder, a run that is not finished, or one without its adapter's files.
-        ValueError: files that are not a run's, an unknown task, or a full model with other labels.
+        ValueError: files that are not a run's, a task whose rows cannot be read again or a translation, a
+            method that changes no weights of the base, or a full model with other labels.
     """
     path = Path(folder).expanduser().absolute()
     if not path.is_dir():
@@ -58,8 +80,9 @@ def open_run(folder: Path | str) -> SavedRun:
             raise FileNotFoundError(f"{path} has no {name}, so it is no finished run; give another folder")
     config, result = _object(path / "config.json"), _object(path / "result.json")
     run = SavedRun(path=path, settings=_settings(config.get("settings"), path), result=result)
+    _check_kind(run)
     task = run.task
-    for name in {"head": [HEAD], "full": [FULL, "config.json"]}.get(run.settings.method, [CONFIG, WEIGHTS]):
+    for name in FILES[run.settings.method]:
         if not file_within(run.adapter, name).is_file():
             raise FileNotFoundError(
                 f"{run.adapter} has no {name}, so the run cannot be compared; train it again"
@@ -107,8 +130,8 @@ def check_comparable(runs: Sequence[SavedRun]) -> None:
 
 
 def names_of(runs: Sequence[SavedRun]) -> list[str]:
-    """A name for each run, all different: arm and seed; the end of its path where others have those too; with
-    a number where the same folder comes again.
+    """A name for each run, all different: label and seed; the end of its path where others have those too;
+    with a number where the same folder comes again.
     """
     names = {run.path: run.name for run in runs}
     for depth in range(1, max(len(path.parts) for path in names)):
@@ -122,6 +145,23 @@ def names_of(runs: Sequence[SavedRun]) -> list[str]:
         name = names[run.path]
         numbered.append(name if seen[run.path] == 1 else f"{name} ({seen[run.path]})")
     return numbered
+
+
+def _check_kind(run: SavedRun) -> None:
+    """ValueError for runs that are no change of an encoder's weights on rows that can be read again."""
+    task, method = run.settings.task, run.settings.method
+    if task not in TASKS:
+        raise ValueError(
+            f"{run.path} is a run on {task!r}, whose rows are in no file, as those of the demo; give runs "
+            "that train or sweep has written"
+        )
+    if TASKS[task].kind == "translation":
+        raise ValueError(f"{run.path} is a run on {task}; translations cannot be compared yet, give others")
+    if method not in FILES:
+        raise ValueError(
+            f"{run.path} was trained with {method}, which leaves the base model's weights as they are, so it "
+            f"cannot be mixed; give runs of {', '.join(FILES)}"
+        )
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -3,39 +3,47 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from adalora_fast.experiments.encoders import load_model
+from adalora_fast.experiments.encoders import dequantised, load_model
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import get_task
 
-from .changes import Factors, RunChange, concatenated, mixture, read_change, used
+from .changes import RunChange, mixture, read_change, used
 from .saved import SavedRun, open_run
+
+PRECISIONS = ("fp32", "bf16")
 
 
 class SharedModel:
-    """The base model of some runs, in float32, without dropout, and its tokenizer.
+    """The base model of some runs, with float32 weights, without dropout, and its tokenizer.
 
-    Low-rank changes are added to the outputs of their layers, y + (x Aᵀ) Bᵀ with the concatenated factors:
-    the base's matrices are not written and not copied. Tensors that a run replaced are put in the place of
-    the base's, which return afterwards.
+    `precision`: fp32, or bf16 for matrix products of bfloat16 numbers (autocast); weights are mixed in
+    float32 in any case.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, precision: str = "fp32") -> None:
+        check_precision(precision)
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.precision = precision
 
     @classmethod
-    def load(cls, settings: RunSettings, *, device: str | torch.device | None = None) -> "SharedModel":
+    def load(
+        cls,
+        settings: RunSettings,
+        *,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
+    ) -> "SharedModel":
         """The base of runs with these settings, with a head at random.
 
-        What a run computed with half-precision base weights is computed with the same values in float32.
+        What a run computed with base weights of 16 or 4 bits is computed with the same values in float32.
         `device` of None is the accelerator if there is one.
         """
+        check_precision(precision)
         task = get_task(settings.task)
         model, tokenizer = load_model(
             settings.model,
@@ -46,7 +54,7 @@ class SharedModel:
         )
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return cls(model.float().to(device), tokenizer)
+        return cls(dequantised(model).float().to(device), tokenizer, precision=precision)
 
     @property
     def device(self) -> torch.device:
@@ -58,53 +66,32 @@ class SharedModel:
 
     @contextmanager
     def mixed(self, changes: Sequence[RunChange], weights: Sequence[float]) -> Iterator[nn.Module]:
-        """Within this context the model computes Σ_i w_i θ_i; the weights sum to 1."""
-        changes, weights = used(changes, weights)
-        replaced = {name for change in changes for name in change.tensors}
-        # Where a run replaced a matrix that another adapted, the one is put in place, the other added.
-        bare = [replace(change, factors={}) for change in changes]
-        hooks = []
-        with self._replaced({name: (bare, weights) for name in replaced}):
-            try:
-                for name in dict.fromkeys(name for change in changes for name in change.factors):
-                    module = self.model.get_submodule(name)
-                    dtype = module.weight.dtype
-                    factors = concatenated(name, changes, weights)
-                    hook = partial(_add_low_rank, Factors(A=factors.A.to(dtype), B=factors.B.to(dtype)))
-                    hooks.append(module.register_forward_hook(hook))
-                yield self.model
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        """Within this context the model's own tensors are Σ_i w_i θ_i, and it computes in `precision`; the
+        weights sum to 1.
 
-    @contextmanager
-    def merged(self, changes: Sequence[RunChange], weights: Sequence[float]) -> Iterator[nn.Module]:
-        """Within this context the model's own tensors are Σ_i w_i θ_i, as they are saved as a full model.
-
-        It takes a copy of the changed matrices, and nothing else.
+        The base's tensors are kept meanwhile and return as they were, bit by bit; those that no run changed
+        are not touched.
         """
         changes, weights = used(changes, weights)
         names = {name for change in changes for name in change.tensors}
         names |= {f"{name}.weight" for change in changes for name in change.factors}
-        with self._replaced({name: (changes, weights) for name in names}):
-            yield self.model
-
-    @contextmanager
-    def _replaced(self, mixtures: dict[str, tuple[Sequence[RunChange], Sequence[float]]]) -> Iterator[None]:
-        parameters = dict(self.model.named_parameters())
-        before: dict[str, Tensor] = {}
+        parameters = {name: tensor for name, tensor in self.model.named_parameters() if name in names}
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        half = self.precision == "bf16"
         try:
-            for name, (changes, weights) in mixtures.items():
-                before[name] = parameters[name].data
-                parameters[name].data = mixture(name, before[name], changes, weights)
-            yield
+            for name, parameter in parameters.items():
+                parameter.data = mixture(name, before[name], changes, weights)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                yield self.model
         finally:
             for name, tensor in before.items():
                 parameters[name].data = tensor
 
 
-def _add_low_rank(factors: Factors, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    return output + F.linear(F.linear(inputs[0], factors.A), factors.B)
+def check_precision(precision: str) -> None:
+    """ValueError for one that there is not."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose {' or '.join(PRECISIONS)}")
 
 
 def open_model(
@@ -126,7 +113,7 @@ def open_model(
     shared = SharedModel.load(settings, device=device)
     change = shared.read([run])
     parameters = dict(shared.model.named_parameters())
-    with shared.merged(change, [1.0]):
+    with shared.mixed(change, [1.0]):
         merged = {name: parameter.data for name, parameter in parameters.items()}
     for name, tensor in merged.items():
         parameters[name].data = tensor

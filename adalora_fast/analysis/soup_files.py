@@ -46,7 +46,8 @@ def save_lora(
     *,
     rank: int | None = None,
 ) -> SavedLora:
-    """Write Σ_i w_i θ_i as a plain LoRA adapter with its head, which PEFT loads onto the runs' base model.
+    """Write Σ_i w_i θ_i as a plain LoRA adapter with its head, and with the biases of the base where a run
+    trained those, which PEFT loads onto the runs' base model.
 
     Args:
         rank: the largest rank of a matrix; None is exact.
@@ -61,14 +62,17 @@ def save_lora(
     task, model_type = get_task(settings.task), shared.model.config.model_type
     head = head_modules(model_type, task.kind)
     names = list(dict.fromkeys(name for change in changes for name in change.tensors))
-    if not all(is_of_head(name, head) for name in names):
+    biases = [name for name in names if not is_of_head(name, head)]
+    if not all(name.endswith(".bias") for name in biases):
         raise ValueError("a fully trained run is in this mixture, which no LoRA holds; save it as full")
     modules = list(dict.fromkeys(name for change in changes for name in change.factors))
     if not modules:
         raise ValueError("no run in this mixture has adapted a matrix; save it as full")
     parameters = dict(shared.model.named_parameters())
     tensors = {
-        f"{PREFIX}{name}": mixture(name, parameters[name].data, changes, weights).cpu().contiguous()
+        f"{PREFIX}{_in_peft(name, modules)}": mixture(name, parameters[name].data, changes, weights)
+        .cpu()
+        .contiguous()
         for name in names
     }
     lost, total, errors = 0.0, 0.0, {}
@@ -85,12 +89,19 @@ def save_lora(
         "base_model_name_or_path": resolve_model(settings.model),
         "target_modules": target_modules(model_type),
         "modules_to_save": head,
+        "bias": "all" if biases else "none",
     }
     plain = convert(tensors, adapter, dict.fromkeys(modules, 1.0))
     with _written_whole(folder) as place:
         save_file(plain.tensors, place / WEIGHTS, metadata={"format": "pt"})
         replace(plain.config, inference_mode=True).save_pretrained(place)
     return SavedLora(ranks=plain.ranks, error=(lost / total) ** 0.5 if total else 0.0, errors=errors)
+
+
+def _in_peft(name: str, modules: Sequence[str]) -> str:
+    """A bias's name, which is another in a module that PEFT adapts."""
+    module, _, bias = name.rpartition(".")
+    return f"{module}.base_layer.{bias}" if module in modules else name
 
 
 def save_full(
@@ -100,7 +111,7 @@ def save_full(
     `folder` is not empty.
     """
     check_free(folder)
-    with _written_whole(folder) as place, shared.merged(changes, weights) as model:
+    with _written_whole(folder) as place, shared.mixed(changes, weights) as model:
         with _without_bars():
             model.save_pretrained(place)
         shared.tokenizer.save_pretrained(place)

@@ -1,8 +1,9 @@
 """Experiments: tasks, recipes, run folders, training, sweeps, reports and plots.
 
-Read from the bottom up: `docstrings`, `tasks` and `squad` give the data, `models` and `encoders` what is
-trained, `arms` and `adapters` how, `recipes` the settings, `runs` the place where one run lives, `workloads`
-and `question_answering` what goes into a model and what is made of its outputs, `training` the run itself,
-`tuning`, `sweep` and `cluster` many of them; `report` and `plots` turn result files into tables and pictures;
-`demo` puts all of it together.
+Read from the bottom up: `docstrings`, `tasks`, `squad` and `translation` give the data, `models` and
+`encoders` what is trained, `arms` and `adapters` (with `bottleneck`, `fusion` and `prompts`) how, `recipes`
+the settings, `runs` the place where one run lives, `workloads`, `question_answering` and `translation` what
+goes into a model and what is made of its outputs, `training` the run itself, `allocation` where the budget
+moves in it, `tuning`, `sweep` and `cluster` many of them; `report` and `plots` turn result files into tables
+and pictures; `demo` puts all of it together.
 """

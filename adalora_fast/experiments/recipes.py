@@ -131,6 +131,8 @@ PARTS = ("description", "model", "defaults", "tasks", "arms", "grid", "tuning")
 
 def recipe_for(model: str, task: str) -> str:
     """The recipe for which none is asked for."""
+    if task == "wmt16_ro_en":
+        return "thesis-enro"
     squad = task in ("squad", "squad_v2")
     if model == "minilm":
         return "minilm-squad" if squad else "minilm-glue"

@@ -23,6 +23,8 @@ METHODS = (
     "ia3",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
+VIRTUAL = ("prompt", "prefix", "p_tuning", "ia3")  # virtual tokens and scales
+ON_FOUR_BITS = ("adalora", "peft", "lora", *VIRTUAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,21 @@ class RunSettings:
         if self.method == "full" and self.dtype != "float32":
             raise ValueError(
                 f"dtype {self.dtype!r} is for frozen weights, and full trains all; use --set precision=bf16"
+            )
+        if self.dtype == "nf4" and self.method not in ON_FOUR_BITS:
+            raise ValueError(
+                f"{self.method} cannot train on weights of four bits; choose another dtype than nf4, or a "
+                f"method of {', '.join(ON_FOUR_BITS)}"
+            )
+        trains_biases = self.method == "bitfit" or self.recipe.train_biases
+        if trains_biases and self.dtype != "float32":
+            raise ValueError(
+                f"biases of {self.dtype} weights cannot be trained; leave out --dtype, or bitfit and "
+                "train_biases, and for speed use --set precision=bf16"
+            )
+        if self.method in VIRTUAL and self.recipe.matrices is not None:
+            raise ValueError(
+                f"matrices is {list(self.recipe.matrices)}, but {self.method} adapts none; leave it out"
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed!r} is not an integer from 0 to {2**32 - 1}; choose another")

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from .arms import register_nulls
+from .bottleneck import check_bottlenecks
+from .fusion import open_sources
 from .models import resolve_model
 from .progress import TrainingProgress
 from .recipes import load_recipe, recipe_for
@@ -38,6 +40,7 @@ def run_single(
     recipe = recipe or recipe_for(model, task.name)
     settings = replace(settings, recipe=load_recipe(recipe, task.name, settings.arm, **overrides))
     check_score(settings)
+    check_bottlenecks(settings)
     if not is_main_process():
         console = Console(quiet=True)
     folder = open_run(default_output(settings) if output is None else output, settings)
@@ -47,6 +50,7 @@ def run_single(
             result = folder.result
         else:
             resolve_model(model)
+            open_sources(settings)
             result = start_run(settings, folder.path, progress)
     from .report.runs_table import results_table
 

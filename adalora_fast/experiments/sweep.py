@@ -25,6 +25,7 @@ from rich.console import Console
 from adalora_fast.environment import environment, write_json
 
 from .arms import parse_arm
+from .bottleneck import check_bottlenecks
 from .models import resolve_model
 from .progress import TrainingProgress
 from .recipes import read_recipe, recipe_of
@@ -153,9 +154,13 @@ def make_plan(
     content = read_recipe(recipe)
     grid = content.get("grid", {})
     arms = list(arms) or grid.get("arms", ())
-    arms = [
-        RunSettings(task="", model="", **parse_arm(arm)).arm for arm in arms
-    ]  # "fisher+task+sum" is one, too
+    asked = [RunSettings(task="", model="", **parse_arm(arm)) for arm in arms]
+    if any(settings.method == "fusion" for settings in asked):
+        raise ValueError(
+            "fusion starts from runs that are finished, so it is no arm of a sweep; train houlsby runs, then "
+            "adalora-fast train --method fusion --adapters RUN RUN"
+        )
+    arms = [settings.arm for settings in asked]  # "fisher+task+sum" is one, too
     parts = {
         name: tuple(given) or tuple(grid.get(name, ())) for name, given in zip(GROWS, (tasks, arms, seeds))
     }
@@ -194,7 +199,7 @@ def make_plan(
     for task in plan.tasks:
         get_task(task)
         for arm in plan.arms:
-            plan.settings(task, arm, plan.seeds[0])
+            check_bottlenecks(plan.settings(task, arm, plan.seeds[0]))
     return plan
 
 

@@ -1,4 +1,5 @@
-"""The tasks as data, and how the rows of the GLUE ones are read (those of SQuAD: `squad`).
+"""The tasks as data, and how the rows of the GLUE ones are read (those of SQuAD: `squad`, of WMT:
+`translation`).
 
 Rows come from `DIR/<task>/<split>.parquet` with the column names of `nyu-mll/glue`, or from the hub. Where a
 whole split is absent, `<split>_sample.parquet` is used and the result is marked as a sample.
@@ -22,8 +23,9 @@ HUB_DATASET = "nyu-mll/glue"
 class Task:
     """One task.
 
-    `kind` is classification, regression or question_answering. `labels` are the class names in the order of
-    their codes; only a classification has any. The first of `metrics` is the one by which results are
+    `kind` is classification, regression, question_answering or translation (`text_columns` are then the
+    languages, from the first to the second). `labels` are the class names in the order of their codes; only a
+    classification has any. The first of `metrics` is the one by which results are
     compared; `evaluation` names the splits that are evaluated.
     """
 
@@ -48,11 +50,8 @@ class Task:
     @property
     def hub_address(self) -> tuple[str, ...]:
         """What `datasets.load_dataset` is given."""
-        return (
-            (self.hub_dataset, self.hub_name or self.name)
-            if self.hub_dataset == HUB_DATASET
-            else (self.hub_dataset,)
-        )
+        part = self.hub_name or (self.name if self.hub_dataset == HUB_DATASET else "")
+        return (self.hub_dataset, part) if part else (self.hub_dataset,)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -113,6 +112,15 @@ TASKS: dict[str, Task] = {
             metrics=("f1", "exact_match"),
             kind="question_answering",
             hub_dataset="rajpurkar/squad_v2",
+        ),
+        Task(
+            name="wmt16_ro_en",
+            text_columns=("en", "ro"),
+            labels=(),
+            metrics=("bleu", "chrf"),
+            kind="translation",
+            hub_dataset="wmt/wmt16",
+            hub_name="ro-en",
         ),
     )
 }

@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.numpy import save_file
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EvalPrediction,
     PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -24,6 +28,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .adapters import adapt, load_encoder, save_adapter
 from .allocation import check_budget, ranks_of, training_callbacks
+from .fusion import mean_weights
 from .progress import TrainingProgress
 from .recorder import Recorder
 from .runs import RunFolder, RunSettings, open_run, read_json, write_json
@@ -127,12 +132,28 @@ def _train(
         save_adapter(model, settings, folder.working / "adapter")
         write_json(folder.working / "ranks.json", {"init_r": settings.recipe.init_r, "ranks": ranks})
         save_predictions(judged, folder.working)
+        if settings.method == "fusion":
+            write_json(folder.working / "fusion.json", describe_fusion(model, settings, data, trainer))
         folder.finish(result)
     progress.finish_run(
-        f"{settings.label}: {result['primary_metric']} {result['primary']:.3f}, total rank "
-        f"{result['total_rank']}, {result['seconds']:.0f} s"
+        f"{settings.label}: {result['primary_metric']} {result['primary']:.3f}, "
+        + (f"total rank {result['total_rank']}, " if ranks else "")
+        + f"{result['seconds']:.0f} s"
     )
     return result
+
+
+def describe_fusion(
+    model: Any, settings: RunSettings, data: dict[str, Dataset], trainer: Trainer
+) -> dict[str, Any]:
+    """fusion.json: the runs that were fused, and by split and place the mean weight of each of them."""
+    batches = {
+        split: DataLoader(rows, 2 * settings.recipe.batch_size, collate_fn=trainer.data_collator)
+        for split, rows in data.items()
+        if split != "train"
+    }
+    weights = {split: mean_weights(model, of_split) for split, of_split in batches.items()}
+    return {"adapters": list(settings.adapters), "weights": weights}
 
 
 def save_predictions(judged: dict[str, Judged], folder: Path) -> None:
@@ -181,15 +202,25 @@ def build_trainer(
     *,
     evaluates: bool,
     saves: bool,
-) -> "ExperimentTrainer":
-    """Trainer with dynamic padding, batches grouped by length, and none of its own output."""
+) -> "ExperimentTrainer | TranslationTrainer":
+    """Trainer with dynamic padding, batches grouped by length, and none of its own output; for translation
+    one that generates when it evaluates.
+    """
     recipe = settings.recipe
     steps = int(np.ceil(len(data["train"]) / recipe.batch_size) * recipe.epochs)
-    arguments = TrainingArguments(
+    translates = workload.task.kind == "translation"
+    arguments_class: Any = TrainingArguments
+    if translates:
+        from .translation import generation_config
+
+        arguments_class = partial(Seq2SeqTrainingArguments, predict_with_generate=True)
+        unadapted(model).generation_config = generation_config(tokenizer, recipe)
+    arguments = arguments_class(
         output_dir=str(folder.checkpoints),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=batch_per_process(recipe.batch_size),
-        per_device_eval_batch_size=2 * recipe.batch_size,
+        # each sentence that is translated is there once for every beam
+        per_device_eval_batch_size=recipe.batch_size if translates else 2 * recipe.batch_size,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup_steps=recipe.warmup,
@@ -214,18 +245,25 @@ def build_trainer(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several visible GPUs without torchrun would multiply the batch (DataParallel)
     callbacks: list[TrainerCallback] = [*training_callbacks(settings), recorder]
-    trainer = ExperimentTrainer(
+    trainer_class = TranslationTrainer if translates else ExperimentTrainer
+    collator_class = DataCollatorForSeq2Seq if translates else DataCollatorWithPadding
+    trainer = trainer_class(
         workload=workload,
         model=model,
         args=arguments,
         train_dataset=data["train"],
         eval_dataset={name: data[name] for name in workload.evaluation},
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator_class(tokenizer),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def unadapted(model: Any) -> Any:
+    """transformers' own model, which generates, within PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def batch_per_process(batch_size: int) -> int:
@@ -244,9 +282,9 @@ def batch_per_process(batch_size: int) -> int:
     return batch_size // processes
 
 
-class ExperimentTrainer(Trainer):
-    """Trainer whose data order depends on the seed and the epoch alone, so that every arm sees the same
-    batches, and whose metrics come from the workload.
+class Experiment:
+    """What is added to a Trainer: its data order depends on the seed and the epoch alone, so that every arm
+    sees the same batches, and its metrics come from the workload.
     """
 
     def __init__(self, *, workload: Workload, **options: Any) -> None:
@@ -267,6 +305,23 @@ class ExperimentTrainer(Trainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.args.train_batch_size * self.args.world_size
         return PairedOrder([len(ids) for ids in data["input_ids"]], batch_size, self.args.seed)
+
+
+class ExperimentTrainer(Experiment, Trainer):
+    """For classification, regression and question answering."""
+
+
+class TranslationTrainer(Experiment, Seq2SeqTrainer):
+    """For translation: an evaluation gives the loss of the targets and the sentences that are generated."""
+
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
+        # Seq2SeqTrainer would keep the rows with which the last batch is filled up for several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*arguments, **options)
+
+    def prediction_step(self, *arguments: Any, **options: Any) -> Any:
+        with self.compute_loss_context_manager():  # generate in the precision of the training, too
+            return super().prediction_step(*arguments, **options)
 
 
 class PairedOrder(Sampler):

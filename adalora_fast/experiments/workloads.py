@@ -26,7 +26,7 @@ CACHED_ROWS = 20_000  # tokenising fewer takes a few seconds
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """What one split came to: `metrics` as fractions, `arrays` for predictions.safetensors (per row of the
-    split), `answers` for predictions-<split>.json (question answering only).
+    split), `answers` for predictions-<split>.json (question answering and translation).
     """
 
     metrics: dict[str, float]
@@ -96,6 +96,10 @@ def load_workload(settings: RunSettings) -> Workload:
         from .question_answering import QuestionAnswering
 
         return QuestionAnswering.load(settings)
+    if task.kind == "translation":
+        from .translation import Translation
+
+        return Translation.load(settings)
     splits = {"train": load_split(task, "train", data_dir)}
     if settings.held_out:
         splits["train"], splits[HELD_OUT] = splits["train"].hold_out(settings.held_out)

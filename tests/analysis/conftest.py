@@ -17,6 +17,9 @@ METHODS = {
     "lora-4": {"method": "lora", "seed": 1, "recipe": replace(RECIPE, target_r=4)},
     "full": {"method": "full", "recipe": replace(RECIPE, learning_rate=5e-4)},
     "head": {"method": "head"},
+    "bitfit": {"method": "bitfit"},
+    "lora-biases": {"method": "lora", "recipe": replace(RECIPE, train_biases=True)},
+    "adalora-biases": {"method": "adalora", "recipe": replace(RECIPE, train_biases=True)},
 }
 
 

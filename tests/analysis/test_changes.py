@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel, open_model
 from tests.analysis.conftest import METHODS
 from tests.analysis.mixing import adapter, base, everything, outputs
+from tests.experiments.training import settings, train
+from tests.integrations.quantised import needs_bitsandbytes
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +75,9 @@ def test_ranks_4_and_16_give_the_mean_of_the_merged_weights():
     plain = base().model
     plain.load_state_dict(expected, strict=False)
     with shared.mixed(changes, weights) as model:
+        for name, tensor in model.named_parameters():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-15)
         torch.testing.assert_close(outputs(model), outputs(plain.eval()), rtol=0, atol=1e-13)
-    with shared.merged(changes, weights) as model:
-        torch.testing.assert_close(outputs(model), outputs(plain), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("model_type", ["distilbert", "deberta-v2", "modernbert"])
@@ -81,10 +85,23 @@ def test_every_kind_of_encoder(model_type):
     shared = base(model_type)
     changes = [adapter(shared, 3, seed=1), adapter(shared, 2, seed=2)]
     with shared.mixed(changes, [0.4, 0.6]) as model:
-        low_rank = outputs(model)
-    with shared.merged(changes, [0.4, 0.6]) as model:
-        torch.testing.assert_close(low_rank, outputs(model), rtol=0, atol=1e-12)
-    assert not torch.allclose(low_rank, outputs(shared.model))
+        merged = outputs(model)
+    added = deepcopy(shared.model)
+    for name in changes[0].factors:
+        added.get_submodule(name).register_forward_hook(partial(low_rank, changes, [0.4, 0.6], name))
+    parameters = dict(added.named_parameters())
+    for name in changes[0].tensors:
+        parameters[name].data = 0.4 * changes[0].tensors[name] + 0.6 * changes[1].tensors[name]
+    torch.testing.assert_close(merged, outputs(added), rtol=0, atol=1e-12)
+    assert not torch.allclose(merged, outputs(shared.model))
+
+
+def low_rank(changes, weights, name, module, inputs, output):
+    """y + Σ_i w_i B_i A_i x, run by run."""
+    for change, weight in zip(changes, weights):
+        factors = change.factors[name]
+        output = output + weight * (inputs[0] @ factors.A.T @ factors.B.T)
+    return output
 
 
 def test_a_full_run_with_an_adapter():
@@ -98,27 +115,42 @@ def test_a_full_run_with_an_adapter():
         mixture(f"{name}.weight", W, changes, [0.25, 0.75]), expected, rtol=0, atol=1e-14
     )
     with shared.mixed(changes, [0.25, 0.75]) as model:
-        one = outputs(model)
-    with shared.merged(changes, [0.25, 0.75]) as model:
-        torch.testing.assert_close(one, outputs(model), rtol=0, atol=1e-13)
+        found = dict(model.named_parameters())[f"{name}.weight"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
-def test_the_base_comes_back_and_is_not_copied():
+def test_the_base_comes_back_bit_by_bit():
     shared = base()
     changes = [adapter(shared, 2, seed=1), everything(shared, seed=2)]
     before = {name: (p.data_ptr(), p.clone()) for name, p in shared.model.named_parameters()}
     expected = outputs(shared.model)
-    for mixing in (shared.mixed, shared.merged):
-        with pytest.raises(KeyError), mixing(changes, [0.5, 0.5]) as model:
-            assert not torch.equal(outputs(model), expected)
-            raise KeyError
-        with mixing(changes[:1], [1.0]):
-            name = "bert.encoder.layer.0.output.dense.weight"
-            same = dict(shared.model.named_parameters())[name].data_ptr() == before[name][0]
-            assert same == (mixing == shared.mixed)
-        assert torch.equal(outputs(shared.model), expected)
-        for name, parameter in shared.model.named_parameters():
-            assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
+    with pytest.raises(KeyError), shared.mixed(changes, [0.5, 0.5]) as model:
+        assert not torch.equal(outputs(model), expected)
+        raise KeyError
+    with shared.mixed(changes[:1], [1.0]) as model:
+        for name, parameter in model.named_parameters():
+            touched = name in changes[0].tensors or name.removesuffix(".weight") in changes[0].factors
+            assert (parameter.data_ptr() != before[name][0]) == touched
+    assert torch.equal(outputs(shared.model), expected)
+    for name, parameter in shared.model.named_parameters():
+        assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_a_mixture_that_fails_half_way_leaves_the_base_as_it_was(monkeypatch):
+    shared = base()
+    before = {name: tensor.clone() for name, tensor in shared.model.named_parameters()}
+    done = []
+
+    def breaks(*arguments):
+        done.append(1)
+        if len(done) > 5:
+            raise MemoryError
+        return mixture(*arguments)
+
+    monkeypatch.setattr("adalora_fast.analysis.shared.mixture", breaks)
+    with pytest.raises(MemoryError), shared.mixed([everything(shared, seed=2)], [1.0]):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in shared.model.named_parameters())
 
 
 def test_weight_one_is_the_run_itself():
@@ -174,7 +206,6 @@ def test_refused_adapters(runs, shared, tmp_path):
     lora = runs["lora-2"]
     refused(shared, edited(lora, tmp_path / "a", use_dora=True), "has use_dora")
     refused(shared, edited(lora, tmp_path / "b", peft_type="VERA"), "peft_type VERA")
-    refused(shared, edited(lora, tmp_path / "c", bias="all"), "trained biases")
     refused(shared, edited(lora, tmp_path / "d", lora_alpha="2"), "lora_alpha '2'")
 
     def without_head(tensors):
@@ -196,6 +227,55 @@ def test_refused_adapters(runs, shared, tmp_path):
     refused(shared, edited(lora, tmp_path / "f", renamed), "layer.7.* has not")
     refused(shared, edited(lora, tmp_path / "g", narrower), "give its own base")
     refused(shared, edited(lora, tmp_path / "h", torn), "do not fit together")
+
+
+def test_trained_biases_are_tensors(runs, shared):
+    """Those of the base, under its own names, and the head once."""
+    biases = {
+        name
+        for name, _ in shared.model.named_parameters()
+        if name.endswith(".bias") and "classifier" not in name and "pooler" not in name
+    }
+    head = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    for name in ("bitfit", "lora-biases", "adalora-biases"):
+        (change,) = shared.read([open_run(runs[name])])
+        assert set(change.tensors) == biases | head and bool(change.factors) == (name != "bitfit")
+
+
+def test_biases_mix_with_those_of_the_base(runs, shared):
+    changes = shared.read([open_run(runs[name]) for name in ("lora-biases", "lora-2")])
+    name = "bert.encoder.layer.0.attention.self.query.bias"
+    before = dict(shared.model.named_parameters())[name].clone()
+    trained = changes[0].tensors[name]
+    assert not torch.equal(trained, before)
+    with shared.mixed(changes, [0.25, 0.75]) as model:
+        torch.testing.assert_close(dict(model.named_parameters())[name], 0.25 * trained + 0.75 * before)
+
+
+@needs_bitsandbytes
+def test_a_base_of_four_bits(encoder, data_dir, tmp_path):
+    run = settings(encoder, data_dir, method="lora", dtype="nf4")
+    train(run, tmp_path / "run", resumable=False)
+    run = open_run(tmp_path / "run")
+    shared = SharedModel.load(run.settings, device="cpu")
+    rows = RowSet(run.settings, {"all": read_rows(run.settings)}, shared.tokenizer, shared.device)
+    with shared.mixed(shared.read([run]), [1.0]) as model:
+        (logits,) = rows.logits(model, "all")
+    kept = load_file(run.path / "predictions.safetensors")["validation/logits"]
+    np.testing.assert_allclose(logits, kept, atol=0.02)  # where some CPUs round inputs to bfloat16
+
+
+def test_bf16_computes_in_half_precision_and_mixes_in_float32(runs, shared, rows):
+    run = open_run(runs["lora-4"])
+    half = SharedModel.load(run.settings, device="cpu", precision="bf16")
+    losses = []
+    for model in (shared, half):
+        with model.mixed(model.read([run]), [1.0]) as mixed:
+            assert {tensor.dtype for tensor in mixed.parameters()} == {torch.float32}
+            losses.append(rows.evaluate(mixed, "all").loss)
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    with pytest.raises(ValueError, match="unknown precision 'fp16'; choose fp32 or bf16"):
+        SharedModel.load(run.settings, device="cpu", precision="fp16")
 
 
 def test_a_change_moves_whole():

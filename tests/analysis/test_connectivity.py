@@ -71,7 +71,7 @@ def test_refused():
 
 
 def test_paths_between_runs(runs, tmp_path):
-    names = ("adalora-0", "peft", "lora-4", "full", "head")
+    names = ("lora-4", "full", "adalora-0", "peft", "head")
     result = analyze_connectivity([runs[name] for name in names], output=tmp_path, points=5)
     assert read(tmp_path, "connectivity.json") == result
     assert len(result["paths"]) == 10 and result["alphas"] == [0, 0.25, 0.5, 0.75, 1]
@@ -87,13 +87,13 @@ def test_paths_between_runs(runs, tmp_path):
         assert end["metrics"]["accuracy"] == kept["accuracy"]
         if name != "peft":  # whose own loss has the orthogonality term in it
             assert end["loss"] == pytest.approx(kept["loss"])
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".jsonl", ".md", ".png", ".svg"}
     assert (tmp_path / "paths.png").stat().st_size > 10_000
 
 
 def test_the_path_is_in_the_weights(runs):
     """At α = 1/4, the loss of a model whose merged weights are averaged by hand."""
-    folders = [runs["adalora-0"], runs["lora-4"]]
+    folders = [runs["lora-4"], runs["adalora-0"]]
     found = analyze_connectivity(folders, points=5)["paths"][0]["loss"][1]
     opened = [open_run(folder) for folder in folders]
     shared = SharedModel.load(opened[0].settings, device="cpu")
@@ -101,7 +101,7 @@ def test_the_path_is_in_the_weights(runs):
     parameters = dict(shared.model.named_parameters())
     merged = []
     for change in changes:
-        with shared.merged([change], [1.0]):
+        with shared.mixed([change], [1.0]):
             merged.append({name: parameter.data.clone() for name, parameter in parameters.items()})
     for name, parameter in parameters.items():
         parameter.data = 0.25 * merged[0][name] + 0.75 * merged[1][name]

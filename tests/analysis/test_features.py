@@ -27,7 +27,7 @@ def test_means_over_own_tokens(runs, side):
     shared = SharedModel.load(open_run(runs["head"]).settings, device="cpu")
     shared.tokenizer.padding_side = side
     shared.model.bert.embeddings.position_embeddings.weight.zero_()  # else padding on the left moves values
-    found = mean_states(shared.model, shared.tokenizer, TEXTS, max_length=16, batch_size=2)
+    found = mean_states(shared.model, shared.tokenizer, TEXTS, max_length=16, tokens=32)
     assert found.shape == (LAYERS + 1, 3, WIDTH) and found.dtype == np.float32
     for row, (first, second) in enumerate(zip(*TEXTS)):
         inputs = shared.tokenizer(first, second, truncation=True, max_length=16, return_tensors="pt")
@@ -41,12 +41,12 @@ def test_means_over_own_tokens(runs, side):
 
 def test_a_text_without_tokens(shared):
     with pytest.raises(ValueError, match="row 1"):
-        mean_states(shared.model, shared.tokenizer, (["moon", " "],), max_length=16, batch_size=2)
+        mean_states(shared.model, shared.tokenizer, (["moon", " "],), max_length=16, tokens=32)
 
 
 def reader(shared, run, cache, **options):
     rows = read_rows(run.settings).take(options.pop("rows", 9))
-    return FeatureReader(shared, rows, **({"max_length": 16, "batch_size": 4, "cache": cache} | options))
+    return FeatureReader(shared, rows, **({"max_length": 16, "cache": cache} | options))
 
 
 def test_the_cache(runs, shared, tmp_path, monkeypatch):
@@ -93,33 +93,35 @@ def test_runs_with_runs(runs, tmp_path):
     result = analyze_cka(folders, output=tmp_path / "out", cache=tmp_path / "cache", layers=True)
     matrix = np.array(result["cka"])
     assert read(tmp_path / "out", "cka.json") == result
-    assert matrix[0, 1] == pytest.approx(1.0, abs=1e-12) and 0 < matrix[0, 3] < 0.999
+    assert matrix[0, 1] == pytest.approx(1.0, abs=1e-12) and 0 < matrix[0, 2] < 0.999
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
     assert result["layer"] == LAYERS and result["rows"]["rows"] == 24
     assert len(result["layers"]) == 6
     layers = {(pair["a"], pair["b"]): np.array(pair["cka"]) for pair in result["layers"]}
     assert layers[0, 3].shape == (LAYERS + 1, LAYERS + 1)
-    assert layers[0, 3][-1, -1] == pytest.approx(matrix[0, 3]) and layers[0, 2][0, 0] == pytest.approx(1)
+    assert layers[0, 3][-1, -1] == pytest.approx(matrix[0, 3]) and layers[0, 3][0, 0] == pytest.approx(1)
     groups = result["groups"]
-    assert groups == ["lora-r2", "fisher", "full"]
+    assert groups == ["lora-r2", "full", "fisher"]
     means = result["group_means"]
     assert means[0][0] == pytest.approx(1.0) and means[1][1] is None
     assert means[0][2] == pytest.approx(matrix[:2, 3].mean())
+    assert result["group_pairs"] == [[1, 2, 2], [2, 0, 1], [2, 1, 0]]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"cka.json", "cka.png", "cka.svg", "cka-layers.png", "cka-layers.svg"}
+    figures = {f"{name}.{kind}" for name in ("cka", "cka-layers") for kind in ("png", "svg")}
+    assert names == figures | {"cka.json", "cka.md"}
 
 
 def test_runs_with_runs_against_plain_models(runs):
     """Two opened models, their states by hand, and the formula."""
     from adalora_fast.analysis.shared import open_model
 
-    folders = [runs["adalora-0"], runs["full"]]
+    folders = [runs["full"], runs["adalora-0"]]
     found = analyze_cka(folders, rows=10, layer=1)["cka"][0][1]
     states = []
     for folder in folders:
         model, tokenizer, run = open_model(folder, device="cpu")
         texts = read_rows(run.settings).take(10).texts
-        states.append(mean_states(model, tokenizer, texts, max_length=16, batch_size=1)[1])
+        states.append(mean_states(model, tokenizer, texts, max_length=16, tokens=1)[1])
     assert found == pytest.approx(linear_cka(*states), abs=1e-6)
 
 

@@ -1,15 +1,14 @@
 """Runs on SQuAD: windows, no label maps, losses that do not depend on padding."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from adalora_fast.analysis.analyses import analyze_cka, analyze_connectivity, make_soup
+from adalora_fast.analysis.analyses import analyze_cka, analyze_connectivity
 from adalora_fast.analysis.rows import RowSet, read_rows
 from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel
-from tests.experiments.test_question_answering import RECIPE, settings, write_squad
+from adalora_fast.analysis.soups import make_soup
+from tests.experiments.test_question_answering import settings, write_squad
 from tests.experiments.training import train
 
 
@@ -38,9 +37,9 @@ def test_batches_do_not_change_the_loss(question_runs):
     run = open_run(question_runs[0])
     shared = SharedModel.load(run.settings, device="cpu")
     losses = []
-    for size in (1, 8):
-        with_size = replace(run.settings, recipe=replace(RECIPE, batch_size=size))
-        rows = RowSet(with_size, {"all": read_rows(with_size)}, shared.tokenizer, shared.device)
+    for tokens in (1, 500):
+        parts = {"all": read_rows(run.settings)}
+        rows = RowSet(run.settings, parts, shared.tokenizer, shared.device, tokens=tokens)
         with shared.mixed(shared.read([run]), [1.0]) as model:
             losses.append(rows.evaluate(model, "all").loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

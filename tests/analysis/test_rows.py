@@ -1,13 +1,11 @@
 """Rows, losses and metrics: regressions, splits by name, and numbers that are none."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from adalora_fast.analysis.analyses import analyze_cka, analyze_connectivity
-from adalora_fast.analysis.rows import RowSet, read_rows
+from adalora_fast.analysis.rows import RowSet, batches_of, read_rows
 from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel
 from tests.experiments.tiny import sentences, write_parquet
@@ -20,10 +18,9 @@ def test_a_regression(encoder, tmp_path):
     labels = np.linspace(0, 5, 9).tolist()
     write_parquet(tmp_path / "stsb" / "validation.parquet", sentence1=texts, sentence2=others, label=labels)
     run = settings(encoder, tmp_path, task="stsb", method="head")
-    run = replace(run, recipe=replace(run.recipe, batch_size=2))
     shared = SharedModel.load(run, device="cpu")
     shared.model.classifier.weight.mul_(100)  # answers that differ
-    rows = RowSet(run, {"all": read_rows(run)}, shared.tokenizer, shared.device)
+    rows = RowSet(run, {"all": read_rows(run)}, shared.tokenizer, shared.device, tokens=40)
     found = rows.evaluate(shared.model, "all")
     inputs = shared.tokenizer(
         texts, others, truncation=True, max_length=16, padding=True, return_tensors="pt"
@@ -33,6 +30,14 @@ def test_a_regression(encoder, tmp_path):
     assert found.loss == pytest.approx(float(expected), rel=1e-5)
     assert set(found.metrics) == {"pearson_spearman", "pearson", "spearman"}
     assert rows.describe()["all"]["rows"] == 9
+
+
+def test_batches():
+    lengths = [9, 3, 30, 4, 4, 9, 1]
+    found = batches_of(lengths, 12)
+    assert found == [[6, 1, 3], [4], [0], [5], [2]]
+    assert batches_of(lengths, 10**6) == [sorted(range(7), key=lengths.__getitem__)]
+    assert batches_of(lengths, 1) == [[row] for row in sorted(range(7), key=lengths.__getitem__)]
 
 
 def test_splits_by_name(encoder, tmp_path):

@@ -19,7 +19,7 @@ def changed(folder, target, file="config.json", **values):
 
 def test_a_run(runs):
     run = open_run(runs["lora-4"])
-    assert run.settings.recipe.target_r == 4 and run.task.name == "sst2" and run.name == "lora-seed1"
+    assert run.settings.recipe.target_r == 4 and run.task.name == "sst2" and run.name == "lora-r4-seed1"
     assert run.result["metrics"]["validation"]["accuracy"] == run.result["primary"]
 
 
@@ -29,7 +29,7 @@ def test_names_are_all_different(runs, tmp_path):
     names = names_of(opened)
     assert names == ["lora-2", "again", "again (2)", "full-seed0"]
     siblings = [shutil.copytree(again, tmp_path / str(i) / "same") for i in (1, 2)]
-    assert names_of(open_runs([runs["lora-4"], *siblings])) == ["lora-seed1", "1/same", "2/same"]
+    assert names_of(open_runs([runs["lora-4"], *siblings])) == ["lora-r4-seed1", "1/same", "2/same"]
 
 
 def fails(folder, *expected, error=ValueError):
@@ -48,7 +48,7 @@ def test_refused(runs, tmp_path):
     fails(part, "no result.json", error=FileNotFoundError)
     for name, file in (
         ("lora-2", "adapter_model.safetensors"),
-        ("head", "head.safetensors"),
+        ("head", "trained.safetensors"),
         ("full", "model.safetensors"),
     ):
         bare = shutil.copytree(runs[name], tmp_path / f"bare-{name}")
@@ -60,10 +60,37 @@ def test_refused(runs, tmp_path):
     (broken / "config.json").write_text('{"settings": 3}')
     fails(broken, "no settings")
     fails(changed(runs["lora-2"], tmp_path / "other", depth=3), "not of this version", "depth")
-    fails(changed(runs["lora-2"], tmp_path / "task", task="docstrings"), "unknown task 'docstrings'")
+    fails(
+        changed(runs["lora-2"], tmp_path / "task", task="docstrings"),
+        "run on 'docstrings'",
+        "demo",
+        "train or sweep",
+    )
     labels = {"0": "positive", "1": "negative"}
     swapped = changed(runs["full"], tmp_path / "labels", "adapter/config.json", id2label=labels)
     fails(swapped, "labels", "negative, positive")
+
+
+@pytest.mark.parametrize("method", ["houlsby", "fusion", "prompt", "prefix", "p_tuning", "ia3"])
+def test_methods_that_change_no_weights(runs, tmp_path, method):
+    other = changed(runs["lora-2"], tmp_path / method, method=method)
+    fails(other, f"trained with {method}", "cannot be mixed; give runs of lora, adalora, peft")
+
+
+def test_translations(runs, tmp_path):
+    fails(changed(runs["lora-2"], tmp_path / "run", task="wmt16_ro_en"), "wmt16_ro_en; translations cannot")
+
+
+def test_the_demo(runs, tmp_path):
+    fails(changed(runs["lora-2"], tmp_path / "run", task="docstrings"), "as those of the demo")
+
+
+def test_fingerprints_are_of_what_was_trained(runs, tmp_path):
+    moved = changed(runs["lora-2"], tmp_path / "moved", seed=9)
+    assert open_run(moved).fingerprint() == open_run(runs["lora-2"]).fingerprint()
+    assert open_run(moved).fingerprint() != open_run(runs["lora-4"]).fingerprint()
+    changed(moved, tmp_path / "other", "adapter/adapter_config.json", lora_alpha=3)
+    assert open_run(tmp_path / "other").fingerprint() != open_run(moved).fingerprint()
 
 
 def test_a_weights_file_outside_of_the_run(runs, tmp_path):

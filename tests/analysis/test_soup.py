@@ -9,13 +9,13 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from adalora_fast.analysis.analyses import make_soup
 from adalora_fast.analysis.changes import mixture
 from adalora_fast.analysis.rows import RowSet, read_rows, selection_and_report
 from adalora_fast.analysis.saved import open_run, open_runs
 from adalora_fast.analysis.shared import SharedModel
 from adalora_fast.analysis.soup import ensemble_logits, greedy_soup, uniform_soup
 from adalora_fast.analysis.soup_files import save_lora
+from adalora_fast.analysis.soups import make_soup
 from tests.experiments.training import read
 
 
@@ -74,8 +74,9 @@ def lora_folders(runs):
 
 def test_a_soup(runs, tmp_path):
     folders = lora_folders(runs)
-    result = make_soup(folders, tmp_path / "soup")
-    assert read(tmp_path / "soup", "soup.json") == result
+    result = make_soup(folders, tmp_path / "soup", precision="bf16")
+    assert read(tmp_path / "soup", "soup.json") == result and result["precision"] == "bf16"
+    assert "bfloat16" in (tmp_path / "soup" / "soup.md").read_text()
     best = result["members"][result["best_member"]]
     greedy = result["greedy"]
     assert greedy["selection"]["loss"] == greedy["loss"] <= best["selection"]["loss"]
@@ -101,6 +102,18 @@ def test_a_saved_soup_is_plain_lora(runs, tmp_path):
         expected = rows.logits(model, "all")[0]
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "lora").eval()
     assert isinstance(loaded, PeftModel) and loaded.peft_config["default"].peft_type == "LORA"
+    np.testing.assert_allclose(rows.logits(loaded, "all")[0], expected, atol=3e-6)
+
+
+def test_a_saved_soup_with_biases(runs, tmp_path):
+    opened = open_runs([runs[name] for name in ("adalora-biases", "lora-2", "bitfit", "lora-biases")])
+    shared = SharedModel.load(opened[0].settings, device="cpu")
+    changes, weights = shared.read(opened), [0.1, 0.2, 0.3, 0.4]
+    save_lora(shared, changes, weights, opened[0].settings, tmp_path / "lora")
+    rows = RowSet(opened[0].settings, {"all": read_rows(opened[0].settings)}, shared.tokenizer, shared.device)
+    with shared.mixed(changes, weights) as model:
+        expected = rows.logits(model, "all")[0]
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "lora").eval()
     np.testing.assert_allclose(rows.logits(loaded, "all")[0], expected, atol=3e-6)
 
 
@@ -148,7 +161,7 @@ def test_selection_on_held_out_rows(held_out_runs, tmp_path):
     assert result["rows"]["report"]["rows"] == 24 and result["saved"] is None
     kept = open_run(held_out_runs[0]).result["metrics"]["held_out"]
     assert result["members"][0]["selection"]["loss"] == pytest.approx(kept["loss"], abs=1e-6)
-    assert {path.name for path in (tmp_path / "soup").iterdir()} == {"soup.json"}
+    assert {path.name for path in (tmp_path / "soup").iterdir()} == {"soup.json", "soup.md"}
 
 
 def test_refused(runs, tmp_path):

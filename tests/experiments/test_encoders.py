@@ -23,6 +23,7 @@ from adalora_fast.experiments.models import (
 from tests.experiments.deberta import needs_sentencepiece, save_deberta
 from tests.experiments.tiny import LAYERS, changed_encoder, save_encoder
 
+FAMILIES = {name: family for name, family in FAMILIES.items() if family.head}  # mBART: test_translation.py
 KINDS = ("classification", "regression", "question_answering")
 HEADED = ("classification", "question_answering")  # a regression has the module of a classification
 LABELS = ("no", "maybe", "yes")

@@ -109,11 +109,21 @@ def test_a_name_on_the_hub_is_left_alone():
     assert resolve_model("microsoft/deberta-v3-base") == "microsoft/deberta-v3-base"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_matrices_of_every_family(name):
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mbart"])
+def test_the_matrices_of_every_encoder(name):
     assert list(family_of(name).matrices) == (FUSED if name == "modernbert" else SIX)
     assert len(set(target_modules(name))) == len(family_of(name).matrices)
-    assert "classifier" in family_of(name).head
+    assert "classifier" in family_of(name).head and "translation" not in family_of(name).kinds
+
+
+def test_the_matrices_of_mbart():
+    crossed = ["cross query", "cross key", "cross value", "cross output"]
+    family = family_of("mbart")
+    assert list(family.matrices) == [*SIX[:4], *crossed, *SIX[4:]] and family.kinds == ("translation",)
+    places = [
+        f"{part}_attn.{matrix}_proj" for part in ("self", "encoder") for matrix in ("q", "k", "v", "out")
+    ]
+    assert target_modules("mbart") == places and head_modules("mbart", "translation") == []
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "question_answering"])
@@ -143,6 +153,12 @@ def test_an_unknown_family():
         ("model.layers.0.mlp.Wo", (0, "output")),
         ("model.layers.0.mlp.Wi", (0, "intermediate")),
         ("model.layers.0.Wo", None),
+        ("model.encoder.layers.3.self_attn.q_proj", (3, "query")),
+        ("base_model.model.model.decoder.layers.3.self_attn.q_proj", (3, "decoder query")),
+        ("model.decoder.layers.11.encoder_attn.out_proj", (11, "cross output")),
+        ("model.encoder.layers.0.fc1", (0, "intermediate")),
+        ("model.decoder.layers.0.fc2", (0, "decoder output")),
+        ("model.decoder.layers.0.encoder_attn", None),
         ("bert.pooler.dense", None),
         ("roberta.encoder.layer.1.output.dense.lora_A", None),
         ("classifier", None),

@@ -21,7 +21,7 @@ def rows(folder, sentences, labels, name="train"):
 
 def test_the_tasks():
     glue = {"cola", "sst2", "mrpc", "rte", "qnli", "qqp", "wnli", "stsb", "mnli"}
-    assert set(TASKS) == glue | {"squad", "squad_v2"}
+    assert set(TASKS) == glue | {"squad", "squad_v2", "wmt16_ro_en"}
     assert all(get_task(name).name == name for name in TASKS)
     assert {name for name, task in TASKS.items() if task.is_regression} == {"stsb"}
     assert {name: TASKS[name].num_labels for name in glue if TASKS[name].num_labels != 2} == {
@@ -39,7 +39,19 @@ def test_an_unknown_task_names_all_of_them():
         get_task("squid")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("mrpc", ("nyu-mll/glue", "mrpc")),
+        ("squad", ("rajpurkar/squad",)),
+        ("wmt16_ro_en", ("wmt/wmt16", "ro-en")),
+    ],
+)
+def test_where_the_hub_has_it(name, address):
+    assert TASKS[name].hub_address == address
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.kind != "translation"])
 def test_a_whole_split_of_every_task(tmp_path, name):
     task = TASKS[name]
     labels = [0.0, 2.5, 5.0] if task.is_regression else [0, task.num_labels - 1, 0]

@@ -36,7 +36,7 @@ def folders(encoder, data_dir, tmp_path_factory):
 @pytest.mark.parametrize("label", RUNS)
 def test_files(folders, label):
     adapter = {
-        "head-only": {"head.safetensors"},
+        "head-only": {"trained.safetensors"},
         "full": {"config.json", "model.safetensors"},
         "lora-r2": {"adapter_config.json", "adapter_model.safetensors", "README.md"},
     }.get(
@@ -97,7 +97,8 @@ def test_the_budget_is_spread_by_the_score(folders):
 @pytest.mark.parametrize("label", RUNS)
 def test_config(folders, encoder, data_dir, label):
     config = read(folders / label, "config.json")
-    assert config["settings"] == asdict(settings(encoder, data_dir, **RUNS[label]))
+    asked = asdict(settings(encoder, data_dir, **RUNS[label]))
+    assert config["settings"] == {**asked, "adapters": list(asked["adapters"])}  # JSON knows no tuples
     assert {"python", "torch", "transformers", "peft"} <= set(config["environment"]["versions"])
 
 
@@ -149,13 +150,13 @@ def test_plain_peft_loads_the_adapter(folders, encoder, data_dir, label):
 
 
 def test_the_head_file_holds_the_trained_head(folders):
-    tensors = load_file(folders / "head-only" / "adapter" / "head.safetensors")
+    tensors = load_file(folders / "head-only" / "adapter" / "trained.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == HEAD
 
 
 def test_what_is_frozen_stays_and_what_is_trained_moves(folders, encoder):
     before = load_file(encoder / "model.safetensors")
-    head = load_file(folders / "head-only" / "adapter" / "head.safetensors")
+    head = load_file(folders / "head-only" / "adapter" / "trained.safetensors")
     full = load_file(folders / "full" / "adapter" / "model.safetensors")
     assert not torch.equal(head["bert.pooler.dense.weight"], before["pooler.dense.weight"])
     name = "encoder.layer.0.attention.self.query.weight"

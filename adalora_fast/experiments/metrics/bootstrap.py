@@ -9,10 +9,11 @@ Shapes: N examples, B replicates, R runs, K classes. Everything is computed in f
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from . import glue
+from . import glue, translation
 
 Statistic = Callable[[np.ndarray | None, np.ndarray, np.ndarray], np.ndarray]
 
@@ -96,7 +97,8 @@ def statistic(name: str) -> Statistic:
 
     Names: those of `glue.METRICS`, and "mean" (also called "exact_match"), the weighted mean of one score per
     example in `predictions`, whose labels are not looked at and may be None: it is the statistic of both
-    per-question scores of question answering. ("f1" is the F1 of class 1 of a classification.)
+    per-question scores of question answering. ("f1" is the F1 of class 1 of a classification.) "bleu" is
+    corpus BLEU of the counts [N, 10] of `translation.bleu_statistics` as predictions, without labels, too.
 
     ValueError for an unknown name, no examples, unequal lengths, values that are not finite, labels other
     than 0 and 1 for "f1", negative or fractional counts, and an empty resample.
@@ -104,10 +106,15 @@ def statistic(name: str) -> Statistic:
     if name not in _KERNELS:
         raise ValueError(f"unknown metric {name!r}; choose one of {', '.join(_KERNELS)}")
     kernel = _KERNELS[name]
-    labelled = kernel is not _mean
+    labelled = kernel not in (_mean, _bleu)
+    checked = (
+        translation.checked_statistics
+        if kernel is _bleu
+        else partial(glue.checked_column, name="predictions")
+    )
 
     def evaluate(labels: np.ndarray | None, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        predictions = glue.checked_column(predictions, "predictions")
+        predictions = checked(predictions)
         if labelled:
             if labels is None:
                 raise ValueError(f'{name} compares with labels; the mean of per-example scores is "mean"')
@@ -126,12 +133,15 @@ def statistic(name: str) -> Statistic:
 def resampled(
     name: str, labels: np.ndarray | None, predictions: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """`statistic(name)` of several runs on the same resamples: predictions [R, N] -> [R, B], [N] -> [B]."""
+    """`statistic(name)` of several runs on the same resamples: predictions [R, N] -> [R, B], [N] -> [B]; for
+    "bleu" [R, N, 10] and [N, 10].
+    """
     evaluate = statistic(name)
     predictions = np.asarray(predictions)
-    if predictions.ndim == 1:
+    of_one = 2 if _KERNELS[name] is _bleu else 1
+    if predictions.ndim == of_one:
         return evaluate(labels, predictions, counts)
-    if predictions.ndim != 2:
+    if predictions.ndim != of_one + 1:
         raise ValueError(f"predictions of shape {predictions.shape} are not [runs, examples] or [examples]")
     values = [evaluate(labels, run, counts) for run in predictions]
     return np.stack(values) if values else np.empty((0, len(counts)))
@@ -174,6 +184,10 @@ def _spearman(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -
     return np.where(defined, _correlation(_ranks(labels, counts), _ranks(predictions, counts), counts), 0.0)
 
 
+def _bleu(labels: np.ndarray | None, statistics: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return translation.bleu_of_sums(counts @ statistics)
+
+
 def _pearson_spearman(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return (_pearson(labels, predictions, counts) + _spearman(labels, predictions, counts)) / 2
 
@@ -187,6 +201,7 @@ _KERNELS: dict[str, Statistic] = {
     "pearson_spearman": _pearson_spearman,
     "mean": _mean,
     "exact_match": _mean,
+    "bleu": _bleu,
 }
 
 

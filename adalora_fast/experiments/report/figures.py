@@ -61,7 +61,8 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
             try:
                 maps = mean_ranks(sweep, task)
                 if maps:
-                    init_r = max(run.init_r for run in sweep.task_runs(task))
+                    # of the runs whose ranks vary: plain LoRA may have another rank
+                    init_r = max(r.init_r for r in sweep.task_runs(task) if len(set(r.ranks.values())) > 1)
                     title = f"{task_name(task)}: where each arm keeps rank (mean over seeds)"
                     figure = rank_figure(maps, init_r=init_r, title=title)
                     keep("ranks", f"ranks-{task}", figure, title)

@@ -10,7 +10,7 @@ FILE = Path(__file__).with_name("published.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of a GLUE or SQuAD table: one metric on one split."""
+    """One column of a table: one metric on one split."""
 
     task: str
     split: str
@@ -40,6 +40,7 @@ COLUMNS = tuple(
         ("squad", "validation", "f1", "SQuAD F1"),
         ("squad_v2", "validation", "exact_match", "SQuAD 2 EM"),
         ("squad_v2", "validation", "f1", "SQuAD 2 F1"),
+        ("wmt16_ro_en", "validation", "bleu", "En-Ro BLEU"),
     )
 )
 GLUE_TASKS = ("mrpc", "sst2", "cola", "qqp", "qnli", "rte", "mnli", "stsb")
@@ -58,8 +59,8 @@ class PublishedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTable:
-    """A published table. `convention` is how its averages are taken (see `glue_average`): None where it has
-    none.
+    """A published table, of runs of `model`. `convention` is how its averages are taken (see `glue_average`):
+    None where it has none.
     """
 
     key: str
@@ -69,6 +70,7 @@ class PublishedTable:
     seeds: str
     notes: str
     rows: tuple[PublishedRow, ...]
+    model: str = "deberta-v3-base"
 
     @property
     def columns(self) -> tuple[Column, ...]:

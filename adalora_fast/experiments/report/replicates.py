@@ -68,7 +68,9 @@ def task_replicates(sweep: Sweep, task: str, replicates: int, seed: int = 0) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class _Examples:
-    """One split: the labels (None: `predictions` are scores to be averaged) and every run's predictions."""
+    """One split: the labels (None: `predictions` are scores to be averaged; for BLEU the lengths of the
+    references) and every run's predictions (for BLEU the counts of every sentence [N, 10]).
+    """
 
     metric: str
     labels: np.ndarray | None
@@ -112,10 +114,16 @@ def _examples(runs: list[Run], split: str, metric: str) -> _Examples:
 
 
 def _columns(run: Run, split: str, metric: str) -> tuple[np.ndarray | None, np.ndarray]:
-    """(labels or None, predictions) [N] of one run; None where the predictions are scores per question."""
+    """(labels or None, predictions) [N] of one run; None where the predictions are scores per question. For
+    BLEU the lengths of the references [N] and the counts of every sentence [N, 10].
+    """
     path = run.folder / "predictions.safetensors"
     tensors = _load(path)
-    if metric in QUESTION_METRICS and f"{split}/{metric}" in tensors:
+    columns = 1
+    if metric == "bleu" and f"{split}/bleu_statistics" in tensors:
+        predictions = tensors[f"{split}/bleu_statistics"]
+        labels, columns = predictions[..., 1:2].ravel(), 2
+    elif metric in QUESTION_METRICS and f"{split}/{metric}" in tensors:
         labels, predictions = None, tensors[f"{split}/{metric}"]
     elif f"{split}/labels" in tensors and f"{split}/predictions" in tensors:
         labels, predictions = tensors[f"{split}/labels"], tensors[f"{split}/predictions"]
@@ -123,8 +131,8 @@ def _columns(run: Run, split: str, metric: str) -> tuple[np.ndarray | None, np.n
         raise ValueError(
             f"{path} has no labels and predictions of {split}; delete {run.folder}, run it again"
         )
-    shapes = {predictions.shape, predictions.shape if labels is None else labels.shape}
-    if len(shapes) > 1 or predictions.ndim != 1 or not len(predictions):
+    rows = predictions.shape[:1]
+    if predictions.ndim != columns or not len(predictions) or (labels is not None and labels.shape != rows):
         raise ValueError(
             f"{path}: {split} has predictions of shape {predictions.shape}; one per row is needed"
         )

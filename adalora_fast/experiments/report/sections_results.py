@@ -17,7 +17,6 @@ from .statistics import DIFFERS
 from .sweep import NULLS, Sweep
 from .tables import average_heading, markdown, metric_name, task_heading, task_name, winners
 
-PUBLISHED_MODEL = "deberta-v3-base"
 FOLDED = 12  # rows from which a table is folded away
 
 
@@ -129,11 +128,13 @@ def _incomparable(sweep: Sweep) -> list[str]:
     models = {run.result["model"] for run in sweep.runs.values()} or {sweep.plan.model}
     samples = [task_name(task) for task in sweep.plan.tasks if sweep.is_sample(task)]
     found = []
-    if any(PUBLISHED_MODEL not in model.lower() for model in models):
-        found.append(
-            f"The published numbers are of {PUBLISHED_MODEL}, these are of {', '.join(sorted(models))}: "
-            "they do not measure the same thing."
-        )
+    tables = [t for t in published_tables() if any(c.task in sweep.plan.tasks for c in t.columns)]
+    for published in dict.fromkeys(table.model for table in tables):
+        if any(published not in model.lower() for model in models):
+            found.append(
+                f"The published numbers are of {published}, these are of {', '.join(sorted(models))}: "
+                "they do not measure the same thing."
+            )
     if samples:
         found.append(
             f"{', '.join(samples)}: trained or evaluated on a sample here, on all of the data there."

@@ -13,6 +13,7 @@ from .sweep import Sweep
 NAMES = {
     "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "qnli": "QNLI", "qqp": "QQP",
     "wnli": "WNLI", "stsb": "STS-B", "mnli": "MNLI", "squad": "SQuAD", "squad_v2": "SQuAD 2",
+    "wmt16_ro_en": "WMT16 En-Ro",
     "average": "average",
 }  # fmt: skip
 
@@ -20,6 +21,7 @@ NAMES = {
 METRICS = {
     "accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman",
     "pearson_spearman": "Pearson/Spearman", "exact_match": "EM",
+    "bleu": "BLEU", "chrf": "chrF",
 }  # fmt: skip
 
 

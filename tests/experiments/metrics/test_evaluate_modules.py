@@ -63,7 +63,7 @@ def test_glue(task):
 
 
 def test_every_glue_task_has_a_module():
-    assert set(TASKS) - {"squad", "squad_v2"} <= set(modules.GLUE_METRICS)
+    assert set(TASKS) - {"squad", "squad_v2", "wmt16_ro_en"} <= set(modules.GLUE_METRICS)
     for name in set(TASKS) & set(modules.GLUE_METRICS) - {"stsb", "cola"}:
         assert modules.GLUE_METRICS[name] == TASKS[name].metrics
 

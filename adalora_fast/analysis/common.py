@@ -1,0 +1,77 @@
+"""What every comparison begins and ends with."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adalora_fast.environment import environment
+from adalora_fast.experiments.runs import RunSettings
+from adalora_fast.experiments.squad import QuestionSplit
+from adalora_fast.experiments.tasks import Split, Task
+
+from .groups import groups_of, in_order
+from .saved import SavedRun, names_of, open_runs
+
+
+def open_in_order(folders: Sequence[Path | str], model: str | None) -> tuple[list[SavedRun], RunSettings]:
+    """The runs in these folders, in the order of `groups.in_order`, and the settings that they have in
+    common; `model` in place of the base model that they name.
+    """
+    runs = in_order(open_runs(folders))
+    settings = runs[0].settings
+    return runs, settings if model is None else replace(settings, model=model)
+
+
+def some_of(part: Split | QuestionSplit, rows: int | None) -> Split | QuestionSplit:
+    """So many rows, always the same ones; ValueError for fewer than two."""
+    if rows is not None and rows < 2:
+        raise ValueError(f"{rows} rows are too few to compare runs on; take 2 or more")
+    return part.take(rows)
+
+
+def make_folder(output: Path | None) -> None:
+    """Before anything slow: a place that cannot be written to is said at once."""
+    if output is None:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"cannot write to {output} ({error.strerror or error}); choose another --output"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all of it or nothing: to a temporary name first."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def header(runs: list[SavedRun], settings: RunSettings, precision: str) -> dict[str, Any]:
+    """What was compared, for result files: `metrics` are those that a run wrote of itself, by split."""
+    return {
+        "task": settings.task,
+        "model": settings.model,
+        "precision": precision,
+        "runs": [
+            {
+                "name": name,
+                "folder": str(run.path),
+                "method": run.settings.label,
+                "group": group,
+                "seed": run.settings.seed,
+                "target_r": run.settings.recipe.target_r,
+                "primary": run.result.get("primary"),
+                "metrics": run.result.get("metrics", {}),
+            }
+            for run, name, group in zip(runs, names_of(runs), groups_of(runs), strict=True)
+        ],
+        "environment": environment(),
+    }
+
+
+def of_split(part: Split | QuestionSplit, split: str | None, task: Task) -> dict[str, Any]:
+    """Which rows, for result files."""
+    return {"split": split or task.evaluation[0], "rows": len(part), "source": part.source}

@@ -1,0 +1,122 @@
+"""The soup of runs, from their folders to its own."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adalora_fast.environment import write_json
+
+from .common import header, make_folder, open_in_order, write_text
+from .progress import AnalysisProgress, Silent
+from .report import soup_report
+from .rows import Evaluation, RowSet, selection_and_report
+from .saved import names_of
+from .shared import SharedModel, check_precision
+from .soup import STEPS, ensemble_logits, greedy_soup, uniform_soup
+from .soup_files import check_free, save_full, save_lora
+
+
+def make_soup(
+    folders: Sequence[Path | str],
+    output: Path,
+    *,
+    recipe: str = "greedy",
+    save: str = "lora",
+    rank: int | None = None,
+    selection: str = "halves",
+    split: str | None = None,
+    model: str | None = None,
+    data_dir: Path | None = None,
+    precision: str = "fp32",
+    progress: AnalysisProgress | None = None,
+) -> dict[str, Any]:
+    """A soup of runs, beside its best member, the uniform soup and the ensemble of logits.
+
+    Writes soup.json and soup.md, and into `model/` the soup itself.
+
+    Args:
+        folders: of finished runs of one task and base model; their ranks and methods may differ.
+        output: a new or empty folder.
+        recipe: which soup is saved, greedy or uniform.
+        save: lora (a plain LoRA adapter), full (merged into the base), or none.
+        rank: the largest rank of the LoRA; None keeps it exact, with the members' ranks added up.
+        selection: rows to choose by, see `rows.selection_and_report`.
+        split, model, data_dir, precision, progress: see `analyze_cka`.
+
+    Raises:
+        ValueError, FileNotFoundError: see `analyze_cka`; a fully trained run in a LoRA; a folder in the way.
+    """
+    for name, value, allowed in (
+        ("soup", recipe, ("greedy", "uniform")),
+        ("form", save, ("lora", "full", "none")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}; choose {', '.join(allowed)}")
+    if rank is not None and save != "lora":
+        raise ValueError(f"a rank of {rank} is for save = lora, and save is {save}; leave it out")
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank is {rank}; choose 1 or more")
+    check_precision(precision)
+    check_free(output)
+    progress = progress or Silent()
+    runs, settings = open_in_order(folders, model)
+    full = next((run for run in runs if run.settings.method == "full"), None)
+    if save == "lora" and full is not None:
+        raise ValueError(f"{full.path} was trained fully, which no LoRA holds; save the soup as full")
+    chosen, reported = selection_and_report(settings, selection, split, data_dir)
+    make_folder(output)
+    shared = SharedModel.load(settings, precision=precision)
+    data = RowSet(settings, {"selection": chosen, "report": reported}, shared.tokenizer, shared.device)
+    changes, names = shared.read(runs), names_of(runs)
+
+    def judged(weights: list[float], part: str) -> Evaluation:
+        with shared.mixed(changes, weights) as mixed:
+            return data.evaluate(mixed, part)
+
+    outputs, members = {"selection": [], "report": []}, []
+    with progress.steps("runs", len(runs)) as advance:
+        for change, name in zip(changes, names, strict=True):
+            with shared.mixed([change], [1.0]) as mixed:
+                for part, collected in outputs.items():
+                    collected.append(data.logits(mixed, part))
+            members.append({part: asdict(data.judge(each[-1], part, name)) for part, each in outputs.items()})
+            advance()
+    with progress.steps("soup", (STEPS - 1) * (len(runs) - 1)) as advance:
+
+        def tried(weights: list[float]) -> float:
+            loss = judged(weights, "selection").loss
+            advance()
+            return loss
+
+        greedy = greedy_soup([member["selection"]["loss"] for member in members], tried)
+    uniform = uniform_soup(len(runs))
+    result = {
+        **header(runs, settings, precision),
+        "rows": data.describe(),
+        "selection": selection,
+        "members": members,
+        "best_member": greedy.order[0],
+        "greedy": {
+            **asdict(greedy),
+            **{part: asdict(judged(greedy.weights, part)) for part in outputs},
+        },
+        "uniform": {"weights": uniform, **{part: asdict(judged(uniform, part)) for part in outputs}},
+        "ensemble": {
+            part: asdict(data.judge(ensemble_logits(each), part, "the ensemble"))
+            for part, each in outputs.items()
+        },
+        "saved": None,
+    }
+    write_json(output / "soup.json", result)
+    if save != "none":
+        weights = greedy.weights if recipe == "greedy" else uniform
+        result["saved"] = {"soup": recipe, "form": save}
+        if save == "lora":
+            saved = save_lora(shared, changes, weights, settings, output / "model", rank=rank)
+            result["saved"] |= asdict(saved)
+        else:
+            save_full(shared, changes, weights, output / "model")
+        write_json(output / "soup.json", result)
+    write_text(output / "soup.md", soup_report(result))
+    return result

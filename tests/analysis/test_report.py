@@ -1,0 +1,115 @@
+"""Reports against the numbers they are made of."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from adalora_fast.analysis.report import cka_report, connectivity_report, soup_report, study
+from tests.analysis.synthetic import made_up
+
+CKA, PATHS = made_up(("lora-r4", "full", "fis|her"), 2)
+
+
+def cells(text, first):
+    """The first row of a table that begins with `first`."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+def soup():
+    def judged(loss, accuracy):
+        return {"loss": loss, "metrics": {"accuracy": accuracy}}
+
+    members = [
+        {"selection": judged(0.5, 0.8), "report": judged(0.6, 0.7)},
+        {"selection": judged(0.4, 0.9), "report": judged(0.5, 0.75)},
+    ]
+    parts = {"selection": judged(0.3, 0.95), "report": judged(0.45, 0.78)}
+    return {
+        "task": "mrpc", "model": "minilm", "precision": "fp32", "selection": "halves",
+        "runs": [{"name": "lora-r4-seed0"}, {"name": "full-seed0"}],
+        "rows": {"selection": {"rows": 200}, "report": {"rows": 208}},
+        "members": members, "best_member": 1,
+        "greedy": {"weights": [0.25, 0.75], **parts}, "uniform": {"weights": [0.5, 0.5], **parts},
+        "ensemble": parts,
+        "saved": {"soup": "greedy", "form": "lora", "ranks": {"q": 4, "k": 12}, "error": 0.02},
+    }  # fmt: skip
+
+
+def test_groups_of_cka():
+    text = cka_report(CKA)
+    row = cells(text, "lora-r4")
+    assert row[:4] == ["lora-r4", "2", "0.450 ± 0.071", "80.50 ± 0.71"]
+    assert row[4] == f"{CKA['cka'][0][1]:.4f} (1)"
+    others = [CKA["cka"][a][b] for a in (0, 1) for b in (2, 3, 4, 5)]
+    assert row[5] == f"{sum(others) / 8:.4f} (8)"
+    pairs = [(a, b) for a in range(6) for b in range(a)]
+    for kind, chosen in (
+        ("same group, other seed", [CKA["cka"][a][b] for a, b in pairs if a // 2 == b // 2]),
+        ("other group, same seed", [CKA["cka"][a][b] for a, b in pairs if a % 2 == b % 2]),
+        (
+            "other group, other seed",
+            [CKA["cka"][a][b] for a, b in pairs if a // 2 != b // 2 and a % 2 != b % 2],
+        ),
+    ):
+        assert cells(text, kind)[1:] == [f"{len(chosen)}", f"{sum(chosen) / len(chosen):.4f}"]
+    assert "MRPC" in text and "bfloat16" in text and "fis\\|her" in text
+
+
+def test_means_over_groups_count_pairs():
+    """Of 3 pairs with a mean of 0.5 and 1 pair of 0.9, not of two means."""
+    result = CKA | {
+        "group_means": [[0.7, 0.5, 0.9], [0.5, None, None], [0.9, None, None]],
+        "group_pairs": [[1, 3, 1], [3, 0, 0], [1, 0, 0]],
+    }
+    text = cka_report(result)
+    assert cells(text, "lora-r4")[-2:] == ["0.7000 (1)", "0.6000 (4)"]
+    assert cells(text, "full")[-2:] == ["–", "0.5000 (3)"]
+
+
+def test_groups_of_paths():
+    text = connectivity_report(PATHS)
+    gaps = PATHS["convexity_gap"]
+    assert cells(text, "full")[4:] == [
+        f"{gaps[2][3]:.4f} (1)",
+        f"{sum(gaps[a][b] for a in (2, 3) for b in (0, 1, 4, 5)) / 8:.4f} (8)",
+    ]
+    assert [cells(text, name)[1] for name in ("same group, other seed", "other group, same seed")] == [
+        "3",
+        "6",
+    ]
+    assert f"Largest convexity gap: {max(map(max, gaps)):.2g}" in text
+
+
+def test_pairs_that_were_not_computed():
+    text = connectivity_report(made_up(("lora-r4", "full"), 2, within=True)[1])
+    assert cells(text, "full")[-1] == "–" and cells(text, "other group, same seed")[1:3] == ["0", "–"]
+    assert "pairs of runs: of one group" in text
+
+
+def test_a_soup():
+    text = soup_report(soup())
+    assert cells(text, "best member (full-seed0)")[1:] == ["0.4000", "90.00", "0.5000", "75.00"]
+    assert cells(text, "greedy soup")[1:5] == ["0.3000", "95.00", "0.4500", "78.00"]
+    assert cells(text, "full-seed0")[1] == "0.75" and cells(text, "lora-r4-seed0")[1] == "0.25"
+    assert "ranks 4 to 12" in text and "2.00 %" in text and "float32" in text
+    assert "Saved" not in soup_report(soup() | {"saved": None})
+    assert "full model" in soup_report(soup() | {"saved": {"soup": "greedy", "form": "full"}})
+
+
+@pytest.mark.parametrize(
+    ("report", "result"), [(cka_report, CKA), (connectivity_report, PATHS), (soup_report, soup())]
+)
+def test_the_same_json_gives_the_same_words_beside_the_study(report, result):
+    before = copy.deepcopy(result)
+    text = report(result)
+    assert result == before and report(json.loads(json.dumps(result))) == text
+    after = text[text.index("## For comparison: another model and another task") :]
+    assert "QQP with BERT-base" in after and study()["source"] in after
+    if report is soup_report:
+        assert "| 0.239 | 89.4 | 86.4 |" in after
+    else:
+        assert "| LoRA, rank 8 | 0.256 | 89.1 | 85.6 |" in after
+    assert ("| 0.695 |" in after) == (report is cka_report)
