@@ -12,7 +12,7 @@ run has not.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from adalora_fast.experiments.fusion import TRAINED
-from adalora_fast.experiments.models import head_modules
+from adalora_fast.experiments.models import head_modules, is_of_head
 from adalora_fast.integrations.files import file_within, read_config, read_tensors, weights_file
 from adalora_fast.integrations.plain_lora import PREFIX, convert, scale_of
 
@@ -136,11 +136,6 @@ def used(
         raise ValueError(f"the weights {list(weights)} sum to {sum(weights)}; they must sum to 1")
     kept = [(change, weight) for change, weight in zip(changes, weights, strict=True) if weight != 0]
     return [change for change, _ in kept], [weight for _, weight in kept]
-
-
-def is_of_head(name: str, head: Iterable[str]) -> bool:
-    """Whether a parameter lies in one of the `head` modules."""
-    return not set(head).isdisjoint(name.split("."))
 
 
 def _read_adapter(folder: Path) -> RunChange:

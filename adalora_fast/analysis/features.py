@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from adalora_fast.experiments.models import head_modules
+from adalora_fast.experiments.models import head_modules, is_of_head
 from adalora_fast.experiments.squad import QuestionSplit
 from adalora_fast.experiments.tasks import Split
 from adalora_fast.experiments.workloads import vocabulary_of
 
-from .changes import RunChange, is_of_head
+from .changes import RunChange
 from .rows import batches_of, tokens_for
 from .saved import SavedRun
 from .shared import SharedModel

@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from adalora_fast.experiments.adapters import TASK_TYPES
-from adalora_fast.experiments.models import head_modules, resolve_model, target_modules
+from adalora_fast.experiments.models import head_modules, is_of_head, resolve_model
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import get_task
 from adalora_fast.integrations.checkpoints import move_files
 from adalora_fast.integrations.files import WEIGHTS
-from adalora_fast.integrations.plain_lora import PREFIX, convert
+from adalora_fast.integrations.plain_lora import PREFIX, convert, exact_pattern
 
-from .changes import Factors, RunChange, concatenated, is_of_head, mixture, used
+from .changes import Factors, RunChange, concatenated, mixture, used
 from .shared import SharedModel
 
 
@@ -59,8 +59,8 @@ def save_lora(
     check_free(folder)
     if rank is not None and rank < 1:
         raise ValueError(f"the rank is {rank}; choose 1 or more")
-    task, model_type = get_task(settings.task), shared.model.config.model_type
-    head = head_modules(model_type, task.kind)
+    task = get_task(settings.task)
+    head = head_modules(shared.model.config.model_type, task.kind)
     names = list(dict.fromkeys(name for change in changes for name in change.tensors))
     biases = [name for name in names if not is_of_head(name, head)]
     if not all(name.endswith(".bias") for name in biases):
@@ -87,7 +87,8 @@ def save_lora(
     adapter = {
         "task_type": TASK_TYPES.get(task.kind, "SEQ_CLS"),
         "base_model_name_or_path": resolve_model(settings.model),
-        "target_modules": target_modules(model_type),
+        # A trained bias has another name in a module that PEFT wraps, so it may wrap no others.
+        "target_modules": exact_pattern(modules),
         "modules_to_save": head,
         "bias": "all" if biases else "none",
     }

@@ -1,5 +1,7 @@
 """The soup of runs, from their folders to its own."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,11 +35,12 @@ def make_soup(
 ) -> dict[str, Any]:
     """A soup of runs, beside its best member, the uniform soup and the ensemble of logits.
 
-    Writes soup.json and soup.md, and into `model/` the soup itself.
+    Writes soup.json and soup.md, and into `model/` the soup itself. soup.json is there before the soup is
+    saved, with `finished` of false, and is written again at the end.
 
     Args:
         folders: of finished runs of one task and base model; their ranks and methods may differ.
-        output: a new or empty folder.
+        output: a new or empty folder, or one with an unfinished soup, which is begun anew.
         recipe: which soup is saved, greedy or uniform.
         save: lora (a plain LoRA adapter), full (merged into the base), or none.
         rank: the largest rank of the LoRA; None keeps it exact, with the members' ranks added up.
@@ -58,7 +61,8 @@ def make_soup(
     if rank is not None and rank < 1:
         raise ValueError(f"the rank is {rank}; choose 1 or more")
     check_precision(precision)
-    check_free(output)
+    if not _is_unfinished(output):
+        check_free(output)
     progress = progress or Silent()
     runs, settings = open_in_order(folders, model)
     full = next((run for run in runs if run.settings.method == "full"), None)
@@ -107,8 +111,11 @@ def make_soup(
             for part, each in outputs.items()
         },
         "saved": None,
+        "finished": False,
     }
     write_json(output / "soup.json", result)
+    if (output / "model").exists():  # a part of the unfinished one
+        shutil.rmtree(output / "model")
     if save != "none":
         weights = greedy.weights if recipe == "greedy" else uniform
         result["saved"] = {"soup": recipe, "form": save}
@@ -117,6 +124,16 @@ def make_soup(
             result["saved"] |= asdict(saved)
         else:
             save_full(shared, changes, weights, output / "model")
-        write_json(output / "soup.json", result)
     write_text(output / "soup.md", soup_report(result))
+    result["finished"] = True
+    write_json(output / "soup.json", result)
     return result
+
+
+def _is_unfinished(output: Path) -> bool:
+    """Whether this folder is that of a soup whose process ended before it was saved."""
+    try:
+        found = json.loads((output / "soup.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("finished") is False

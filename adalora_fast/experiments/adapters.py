@@ -12,7 +12,7 @@ from .arms import register_nulls
 from .bottleneck import add_bottlenecks, check_bottlenecks
 from .encoders import load_model
 from .fusion import TRAINED, add_fusion
-from .models import family_of, head_modules, target_modules
+from .models import family_of, head_modules, is_of_head, target_modules
 from .runs import VIRTUAL, RunSettings
 from .tasks import Task
 
@@ -95,7 +95,7 @@ def biases_of(model: nn.Module, head: list[str]) -> list[nn.Parameter]:
     biases = [
         parameter
         for name, parameter in model.named_parameters()
-        if name.endswith(".bias") and set(head).isdisjoint(name.split("."))
+        if name.endswith(".bias") and not is_of_head(name, head)
     ]
     if not biases:
         raise ValueError(
@@ -108,7 +108,7 @@ def biases_of(model: nn.Module, head: list[str]) -> list[nn.Parameter]:
 def freeze(model: nn.Module, head: list[str]) -> None:
     """Everything but the head."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not set(head).isdisjoint(name.split(".")))
+        parameter.requires_grad_(is_of_head(name, head))
 
 
 def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list[str]) -> nn.Module:

@@ -20,9 +20,8 @@ from torch import Tensor
 from adalora_fast.ops.importance import SMOOTHINGS
 from adalora_fast.scores import get_score, register_score, resolve_smoothing, score_names
 
-from .runs import METHODS
+from .runs import OTHER_METHODS
 
-OTHER_METHODS = tuple(method for method in METHODS if method != "adalora")
 NULLS = ("uniform", "random")
 
 

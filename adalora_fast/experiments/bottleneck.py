@@ -12,7 +12,6 @@ from .models import family_of
 from .runs import RunSettings
 
 PLACES = ("attention output", "output")  # the second projection of a feed-forward block is the latter
-METHODS = ("houlsby", "fusion")
 
 
 class Bottleneck(nn.Module):
@@ -77,14 +76,9 @@ def _adapted(place: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def check_bottlenecks(settings: RunSettings) -> None:
-    """ValueError where `matrices` or `adapters` are given to a method that has no use for them, or a fusion
-    has not two runs to start from.
+    """ValueError where `adapters` are given to a method that has no use for them, or a fusion has not two
+    runs to start from.
     """
-    if settings.method in METHODS and settings.recipe.matrices is not None:
-        raise ValueError(
-            f"matrices is {list(settings.recipe.matrices)}, but {settings.method} adapts what attention and "
-            "feed-forward blocks put out; leave it out, or --set bottleneck"
-        )
     if settings.method != "fusion" and settings.adapters:
         raise ValueError(
             f"adapters are given to the method {settings.method!r}; leave them out, or give --method fusion"

@@ -13,7 +13,16 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from .models import FAMILIES, Family, Kind, family_of, head_modules, model_type_of, resolve_model
+from .models import (
+    FAMILIES,
+    Family,
+    Kind,
+    family_of,
+    head_modules,
+    is_of_head,
+    model_type_of,
+    resolve_model,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = "nf4"
@@ -113,7 +122,7 @@ def cast_encoder(model: nn.Module, head: list[str], dtype: torch.dtype) -> None:
     what it is given as its own dtype.
     """
     for name, parameter in model.named_parameters():
-        if not _is_of_head(name, head):
+        if not is_of_head(name, head):
             parameter.data = parameter.data.to(dtype)
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in head:
@@ -128,10 +137,6 @@ def _as_own_dtype(module: nn.Module, inputs: tuple, keywords: dict[str, Any]) ->
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     return tuple(map(cast, inputs)), {key: cast(value) for key, value in keywords.items()}
-
-
-def _is_of_head(name: str, head: list[str]) -> bool:
-    return not set(head).isdisjoint(name.split("."))
 
 
 def _check_options(
@@ -297,7 +302,7 @@ def _load(
 
 def _check_weights(name: str, head: list[str], report: dict[str, Any]) -> None:
     """ValueError where the encoder would not be the checkpoint's; a warning where a head is not used."""
-    missing = sorted(key for key in report["missing_keys"] if not _is_of_head(key, head))
+    missing = sorted(key for key in report["missing_keys"] if not is_of_head(key, head))
     if missing:
         raise ValueError(
             f"the checkpoint of model {name!r} lacks {len(missing)} tensors of the encoder, one of them "
@@ -305,7 +310,7 @@ def _check_weights(name: str, head: list[str], report: dict[str, Any]) -> None:
         )
     other_size = sorted(report["mismatched_keys"])
     for key, stored, built in other_size:
-        if not _is_of_head(key, head):
+        if not is_of_head(key, head):
             raise ValueError(
                 f"{key} of model {name!r} is {list(stored)} in the checkpoint and {list(built)} by its "
                 "config.json; give a checkpoint of that configuration"

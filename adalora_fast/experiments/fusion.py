@@ -89,8 +89,8 @@ def open_sources(settings: RunSettings) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such folder, a run that is not finished, or one without this file.
-        ValueError: no run, a run of another method, base model or bottleneck width, or one that has trained
-            biases of the base, without which its bottlenecks are not what they were.
+        ValueError: no run, a run of another method, base model, dtype or bottleneck width, or one that has
+            trained biases of the base, without which its bottlenecks are not what they were.
     """
     return [_open_source(Path(path), settings) for path in settings.adapters]
 
@@ -107,16 +107,19 @@ def _open_source(path: Path, settings: RunSettings) -> Path:
     try:
         there = read_json(path / "config.json")["settings"]
         recipe = there["recipe"]
-        found = {"method": there["method"], "model": there["model"], "bottleneck": recipe["bottleneck"]}
+        found = {name: there[name] for name in ("method", "model", "dtype")}
+        found["bottleneck"] = recipe["bottleneck"]
         trains_biases = recipe["train_biases"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path / 'config.json'} is not that of a houlsby run; give another --adapters"
         ) from None
-    asked = {"method": "houlsby", "model": settings.model, "bottleneck": settings.recipe.bottleneck}
+    asked = {"method": "houlsby", "model": settings.model, "dtype": settings.dtype}
+    asked["bottleneck"] = settings.recipe.bottleneck
     remedies = {
         "method": "give runs of --method houlsby",
         "model": f"give --model {found['model']}, or another run",
+        "dtype": f"give --dtype {found['dtype']}, or another run",
         "bottleneck": f"--set bottleneck={found['bottleneck']}, or give another run",
     }
     for name, value in asked.items():

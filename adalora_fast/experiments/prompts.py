@@ -4,9 +4,10 @@ n  virtual tokens      E  width of the embeddings      D  width of the encoder  
 
 prompt    n vectors [n, E] before the embeddings of the text (Lester et al. 2021, section 2), which start as
           those of n tokens drawn from the vocabulary
-p_tuning  the same, but computed by a two-layer network from n trained vectors (Liu et al. 2021, section 3)
+p_tuning  the same, but computed by a network from n trained vectors (Liu et al. 2021, section 3; an
+          LSTM and two layers there, three linear layers with ReLU between them in PEFT)
 prefix    n keys and values [n, 2 L D] before those of the text in every layer (Li and Liang 2021, section
-          4.2), trained themselves, without a network before them
+          4.2), trained themselves, without a network before them, from N(0, 1)
 ia3       softmax(q (l_k ⊙ k)ᵀ / √d) (l_v ⊙ v) and W_2 (l_ff ⊙ f(W_1 x)) in every layer, with vectors l_k and
           l_v [D] and l_ff [inner width] that start at 1 (Liu et al. 2022, section 3.3)
 """
@@ -24,6 +25,7 @@ from adalora_fast.integrations.files import file_within, read_tensors
 
 from .adapters import adapted_modules, task_type
 from .fusion import TRAINED
+from .models import position_limit
 from .recipes import Recipe
 from .runs import RunSettings
 from .tasks import Task
@@ -100,15 +102,6 @@ def _scales_config(model_type: str, task: Task, head: list[str]) -> Any:
         target_modules=scaled,
         feedforward_modules=adapted_modules(model_type, ("output",)),  # scaled before the matrix
     )
-
-
-def position_limit(config: Any) -> int | None:
-    """How many tokens an encoder has positions for; None where positions are relative or rotary."""
-    if config.model_type == "modernbert" or not getattr(config, "position_biased_input", True):
-        return None
-    if config.model_type in ("roberta", "xlm-roberta"):  # positions count from behind the padding's
-        return config.max_position_embeddings - config.pad_token_id - 1
-    return config.max_position_embeddings
 
 
 def _check_length(config: Any, recipe: Recipe, method: str) -> None:

@@ -7,10 +7,11 @@
      "tuning": {"learning_rates": [5e-4, ...], "seeds": [0, 1], "held_out": 0.1}}
 
 What an arm says goes before what a task says, and that before the defaults; an arm with a variant (lora-r4)
-has first what its arm (lora) says. `grid` is what a sweep runs; with `tuning`, every arm's learning rate is
-first chosen on a part of the training data that is held out. With the package come those of the score study
-(`study-table1`, `study-table2`), of AdaLoRA's own scripts (`adalora-glue`, `adalora-squad`), of other studies
-(`thesis-*`, `survey-*`) and for the packaged encoder (`minilm-*`); each describes itself.
+has first what its arm (lora) says. A default `matrices` is for the arms that adapt any. `grid` is what a
+sweep runs; with `tuning`, every arm's learning rate is first chosen on a part of the training data that is
+held out. With the package come those of the score study (`study-table1`, `study-table2`), of AdaLoRA's own
+scripts (`adalora-glue`, `adalora-squad`), of other studies (`thesis-*`, `survey-*`) and for the packaged
+encoder (`minilm-*`); each describes itself.
 """
 
 import json
@@ -126,6 +127,9 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value}; it must be an integer")
 
 
+WITHOUT_MATRICES = (  # methods that adapt none
+    "full", "head", "bitfit", "houlsby", "fusion", "prompt", "prefix", "p_tuning", "ia3",
+)  # fmt: skip
 PARTS = ("description", "model", "defaults", "tasks", "arms", "grid", "tuning")
 
 
@@ -152,8 +156,10 @@ def recipe_of(content: dict[str, Any], name: str, task: str, arm: str, **overrid
     way, _, variant = arm.partition("-")
     if variant and arm not in arms:
         raise ValueError(f"recipe {name} has no settings for the arm {arm}; write them under its arms")
-    parts = [content.get("defaults", {}), content.get("tasks", {}).get(task, {})]
-    parts += [arms.get(way, {}), arms.get(arm, {}), overrides]
+    common = content.get("defaults", {}) | content.get("tasks", {}).get(task, {})
+    if way in WITHOUT_MATRICES:
+        common.pop("matrices", None)  # meant for the arms that can use it
+    parts = [common, arms.get(way, {}), arms.get(arm, {}), overrides]
     values = {key: value for part in parts for key, value in part.items()}
     unknown = sorted(values.keys() - {field.name for field in fields(Recipe)})
     if unknown:

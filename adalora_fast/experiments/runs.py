@@ -16,15 +16,14 @@ from typing import Any
 
 from adalora_fast.environment import environment, write_json
 
-from .recipes import Recipe
+from .recipes import WITHOUT_MATRICES, Recipe
 
-METHODS = (
-    "adalora", "peft", "lora", "full", "head", "bitfit", "houlsby", "fusion", "prompt", "prefix", "p_tuning",
-    "ia3",
-)  # fmt: skip
+LOW_RANK = ("adalora", "peft", "lora")
+METHODS = (*LOW_RANK, *WITHOUT_MATRICES)
+OTHER_METHODS = tuple(method for method in METHODS if method != "adalora")
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
 VIRTUAL = ("prompt", "prefix", "p_tuning", "ia3")  # virtual tokens and scales
-ON_FOUR_BITS = ("adalora", "peft", "lora", *VIRTUAL)
+ON_FOUR_BITS = (*LOW_RANK, *VIRTUAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +73,10 @@ class RunSettings:
                 f"biases of {self.dtype} weights cannot be trained; leave out --dtype, or bitfit and "
                 "train_biases, and for speed use --set precision=bf16"
             )
-        if self.method in VIRTUAL and self.recipe.matrices is not None:
+        if self.method not in LOW_RANK and self.recipe.matrices is not None:
             raise ValueError(
-                f"matrices is {list(self.recipe.matrices)}, but {self.method} adapts none; leave it out"
+                f"matrices is {list(self.recipe.matrices)}, but {self.method} adapts none; leave it out, or "
+                f"choose a method of {', '.join(LOW_RANK)}"
             )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed!r} is not an integer from 0 to {2**32 - 1}; choose another")
@@ -132,8 +132,8 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any]:
-        """result.json of a complete run."""
-        return read_json(self.path / "result.json")
+        """result.json of a complete run; ValueError where it is none."""
+        return read_result(self.path)
 
     def start(self) -> None:
         """Make the working folder, with config.json in it; one left by an interrupted run is taken over."""
@@ -208,7 +208,7 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     for existing in (folder.path, folder.working):
         if (existing / "config.json").is_file():
             there = _settings_in(existing)
-            difference = there and _first_difference(_completed(there), _as_json(settings))
+            difference = there and first_difference(_completed(there), _as_json(settings))
             if difference is not None:
                 raise ValueError(
                     f"{existing} holds a run with {difference}; choose another --output or delete it"
@@ -249,14 +249,38 @@ def _as_json(settings: RunSettings | Recipe) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """What a JSON file holds; ValueError naming the file where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also where it is not text
+        raise ValueError(f"{path} is not readable JSON ({error}); restore or delete it") from error
 
 
-def _first_difference(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> str | None:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError naming the file where there is none."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; restore or delete it")
+    return content
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json of the complete run in `folder`; ValueError where it is no result."""
+    result = read_object(folder / "result.json")
+    primary = result.get("primary")
+    if isinstance(primary, bool) or not isinstance(primary, int | float):
+        raise ValueError(
+            f"{folder / 'result.json'}: primary is {primary!r}, not a number; delete {folder}, run it again"
+        )
+    return result
+
+
+def first_difference(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> str | None:
+    """Such as "recipe.epochs = 3, and 5 was asked for": the first key, by name, whose values differ."""
     for key in sorted(there.keys() | asked.keys()):
         before, now = there.get(key), asked.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            nested = _first_difference(before, now, f"{prefix}{key}.")
+            nested = first_difference(before, now, f"{prefix}{key}.")
             if nested is not None:
                 return nested
         elif before != now:

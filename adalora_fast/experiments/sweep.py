@@ -29,7 +29,7 @@ from .bottleneck import check_bottlenecks
 from .models import resolve_model
 from .progress import TrainingProgress
 from .recipes import read_recipe, recipe_of
-from .runs import RunFolder, RunSettings, open_run, read_json
+from .runs import RunFolder, RunSettings, first_difference, open_run, read_json, read_object
 from .single import start_run, whole_path
 from .tasks import get_task
 from .tuning import Tuning
@@ -37,6 +37,7 @@ from .tuning import Tuning
 MARGIN = 0.3  # points within which two arms count as equivalent
 WAIT_SECONDS = 5
 GROWS = ("tasks", "arms", "seeds")  # what may be added to a plan later
+WORDS = ("name", "description", "primary")  # what decides no run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,8 @@ def make_plan(
 
 def write_plan(plan: Plan, output: Path) -> None:
     """Write plan.json before anything runs. One that is there already may grow by tasks, arms and seeds,
-    which is noted with the date; nothing else of it may change.
+    which is noted with the date. The recipe may grow with it, by the settings of a new arm or task; what it
+    says of a run that was planned already may not change, nor may anything else.
     """
     path, described = output / "plan.json", plan.described()
     if not path.is_file():
@@ -217,22 +219,21 @@ def write_plan(plan: Plan, output: Path) -> None:
                 f"cannot write to {output} ({error.strerror}); choose another --output"
             ) from error
         return
+    described = json.loads(json.dumps(described))
     try:
         before = read_json(path)
         same = {name: before[name] for name in described}
-    except (ValueError, KeyError, TypeError):
+        decided = _deciding(same, same)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no plan of a sweep; choose another --output") from None
-    described = json.loads(json.dumps(described))
-    for name in sorted(described.keys() - {*GROWS, "primary", "description"}):
-        if _deciding(same[name]) != _deciding(described[name]):
-            raise ValueError(
-                f"{output} holds a sweep with another {name} ({_short(same[name])}, "
-                f"now {_short(described[name])}); choose another --output"
-            )
+    difference = first_difference(decided, _deciding(described, same))
+    if difference is not None:
+        raise ValueError(f"{output} holds a sweep with {difference}; choose another --output")
     added = {name: [value for value in described[name] if value not in same[name]] for name in GROWS}
     if any(added.values()):
         grown = {name: same[name] + added[name] for name in GROWS}
         note = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **added}
+        grown |= {name: described[name] for name in ("recipe", "tuning")}
         primary = same["primary"] | described["primary"]
         write_json(path, before | grown | {"primary": primary, "amended": [*before.get("amended", []), note]})
 
@@ -292,7 +293,7 @@ def carry_out(runs: list[Planned], console: Console, *, ray: str | None = None, 
             one_by_one(left, lambda run: start_run(run.settings, run.path, progress), progress, began)
     failures = [run for run in left if not run.folder.is_complete]
     for run in failures:
-        reason = read_json(run.failure)["error"] if run.failure.is_file() else "not finished"
+        reason = read_object(run.failure).get("error") if run.failure.is_file() else "not finished"
         console.print(f"failed: {run.name}: {reason}", highlight=False, markup=False, soft_wrap=True)
     return len(failures)
 
@@ -352,13 +353,20 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _deciding(part: Any) -> Any:
-    """What of a part of the plan decides its runs; of the recipe, neither its words nor its grid."""
-    if isinstance(part, dict) and "defaults" in part:
-        return {name: part.get(name, {}) for name in ("defaults", "tasks", "arms")}
-    return part
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _deciding(plan: dict[str, Any], planned: dict[str, Any]) -> dict[str, Any]:
+    """What of plan.json decides the runs that are `planned`: of its recipe and its tuning, what they say of
+    these tasks and arms.
+    """
+    tasks, arms, recipe = planned["tasks"], planned["arms"], plan["recipe"]
+    tuning = None if plan["tuning"] is None else Tuning.of(plan["tuning"])
+    return {name: value for name, value in plan.items() if name not in (*GROWS, *WORDS)} | {
+        "recipe": {
+            task: {arm: asdict(recipe_of(recipe, plan["name"], task, arm)) for arm in arms} for task in tasks
+        },
+        "tuning": tuning
+        and {
+            "learning_rates": {arm: tuning.rates(arm) for arm in arms},
+            "seeds": tuning.seeds,
+            "held_out": tuning.held_out,
+        },
+    }

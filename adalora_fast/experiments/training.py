@@ -29,6 +29,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from .adapters import adapt, load_encoder, save_adapter
 from .allocation import check_budget, ranks_of, training_callbacks
 from .fusion import mean_weights
+from .models import position_limit
 from .progress import TrainingProgress
 from .recorder import Recorder
 from .runs import RunFolder, RunSettings, open_run, read_json, write_json
@@ -83,6 +84,7 @@ def _train(
         model, tokenizer = load_encoder(settings, workload.task)
         model = adapt(model, settings, workload.task)
         data = workload.prepare(tokenizer, settings.recipe)
+        check_lengths(data, unadapted(model).config, settings)
         folder.start()
         recorder = Recorder(folder, settings, progress)
         trainer = build_trainer(
@@ -124,6 +126,7 @@ def _train(
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_rank": check_budget(ranks, settings) if ranks else 0,
+        "attention": unadapted(model).config._attn_implementation,
         "train_seconds": round(outcome.metrics["train_runtime"], 2),
         "seconds": round(time.perf_counter() - started, 2),
         "resumed": checkpoint is not None,
@@ -143,16 +146,38 @@ def _train(
     return result
 
 
+def check_lengths(data: dict[str, Dataset], config: Any, settings: RunSettings) -> None:
+    """ValueError where a text has more tokens than the model has positions."""
+    limit = position_limit(config)
+    if limit is None:
+        return
+    for split, rows in data.items():
+        longest = max(
+            len(ids)
+            for name in ("input_ids", "labels")
+            if name in rows.column_names
+            for ids in rows[name]
+            if isinstance(ids, list)
+        )
+        if longest > limit:
+            raise ValueError(
+                f"max_length {settings.recipe.max_length} lets through a text of {longest} tokens in "
+                f"{split}, and {settings.model} has {limit} positions; --set max_length={limit}"
+            )
+
+
 def describe_fusion(
     model: Any, settings: RunSettings, data: dict[str, Dataset], trainer: Trainer
 ) -> dict[str, Any]:
     """fusion.json: the runs that were fused, and by split and place the mean weight of each of them."""
+    batch_size = trainer.args.per_device_eval_batch_size
     batches = {
-        split: DataLoader(rows, 2 * settings.recipe.batch_size, collate_fn=trainer.data_collator)
+        split: DataLoader(rows, batch_size, collate_fn=trainer.data_collator)
         for split, rows in data.items()
         if split != "train"
     }
-    weights = {split: mean_weights(model, of_split) for split, of_split in batches.items()}
+    with trainer.accelerator.autocast():  # in batches and a precision that the evaluation has just managed
+        weights = {split: mean_weights(model, of_split) for split, of_split in batches.items()}
     return {"adapters": list(settings.adapters), "weights": weights}
 
 
@@ -292,6 +317,10 @@ class Experiment:
         self.judged: dict[str, Judged] = {}
         self._split = ""
         super().__init__(compute_metrics=self._judge, **options)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Transformers' own, but for (IA)³'s scales: they start at 1, and decay would draw them to 0."""
+        return [name for name in super().get_decay_parameter_names(model) if "ia3_l" not in name.split(".")]
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
         self._split = metric_key_prefix.removeprefix("eval_")

@@ -4,6 +4,7 @@ A row is `{"translation": {"en": ..., "ro": ...}}`, as `wmt/wmt16` has it. Empty
 data have some, and BLEU and chrF count an empty translation or reference as one without words.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,7 +120,8 @@ class Translation:
     def judge(self, split: str, outputs: Any) -> Judged:
         """BLEU and chrF of generated token ids [N, T], padded with anything below 0 or the padding token.
 
-        The array `bleu_statistics` [N, 10] is what each sentence adds to BLEU (`metrics.translation`).
+        The array `bleu_statistics` [N, 10] is what each sentence adds to BLEU (`metrics.translation`), and
+        `pair_hashes` [N] says of which pair it is.
         """
         ids = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
         ids = np.where(ids < 0, self._tokenizer.pad_token_id, ids)
@@ -127,12 +129,29 @@ class Translation:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         texts = [text.strip() for text in texts]
-        references = self.splits[split].targets
+        pairs = self.splits[split]
+        references = pairs.targets
         return Judged(
             metrics={"bleu": bleu(texts, references), "chrf": chrf(texts, references)},
-            arrays={"bleu_statistics": bleu_statistics(texts, references)},
+            arrays={
+                "bleu_statistics": bleu_statistics(texts, references),
+                "pair_hashes": pair_hashes(pairs.sources, references),
+            },
             answers={str(row): text for row, text in enumerate(texts)},
         )
+
+
+def pair_hashes(sources: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """[N] int64: the first 8 bytes, little-endian, of BLAKE2b of "source NUL reference" in UTF-8.
+
+    Two runs are paired row by row only where these agree; counts of words would be the same with and without
+    diacritics.
+    """
+    digests = [
+        hashlib.blake2b(f"{source}\0{reference}".encode(), digest_size=8).digest()
+        for source, reference in zip(sources, references, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
 
 
 def set_languages(tokenizer: Any, task: Task) -> None:

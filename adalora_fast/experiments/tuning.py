@@ -10,7 +10,7 @@ import numpy as np
 
 from adalora_fast.environment import write_json
 
-from .runs import read_json
+from .runs import read_object, read_result
 
 DEFAULT = {"learning_rates": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3], "arms": {}, "seeds": [100, 101], "held_out": 0.1}
 
@@ -19,7 +19,7 @@ DEFAULT = {"learning_rates": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3], "arms": {}, "seeds"
 class Tuning:
     """The same grid of learning rates and the same seeds for every arm; `held_out` is the fraction of the
     training rows on which they are compared. `arms` gives an arm that lives at other rates, such as full
-    fine-tuning, a grid of its own, of as many.
+    fine-tuning, and its variants, a grid of its own, of as many.
     """
 
     learning_rates: tuple[float, ...]
@@ -42,8 +42,8 @@ class Tuning:
             raise ValueError(f"held_out is {self.held_out!r}; it must be a fraction between 0 and 1")
 
     def rates(self, arm: str) -> tuple[float, ...]:
-        """The grid of one arm."""
-        return self.arms.get(arm, self.learning_rates)
+        """The grid of one arm; that of the arm itself where its variant ("full-slow") has none."""
+        return self.arms.get(arm, self.arms.get(arm.partition("-")[0], self.learning_rates))
 
     @classmethod
     def of(cls, content: dict[str, Any] | None) -> "Tuning":
@@ -78,13 +78,14 @@ class Tuning:
         `runs` gives the folder of (task, arm, rate, seed). A rate at which a run diverged is not chosen.
 
         Raises:
-            ValueError: a run is missing for another reason, or every rate of an arm diverged.
+            ValueError: a run is missing for another reason, every rate of an arm diverged, or a file is
+                damaged.
         """
         path = output / "tuned.json"
-        tuned = read_json(path) if path.is_file() else {}
+        tuned = _read_choices(path) if path.is_file() else {}
         for task in tasks:
             for arm in arms:
-                if arm in tuned.get(task, {}):
+                if arm in tuned.setdefault(task, {}):
                     continue
                 scores = {}
                 for rate in sorted(self.rates(arm)):
@@ -97,7 +98,7 @@ class Tuning:
                             f"no rate is chosen for {arm} on {task} before {missing[0].name} is there; "
                             "run the command again"
                         )
-                    results = [read_json(folder / "result.json")["primary"] for folder in folders]
+                    results = [read_result(folder)["primary"] for folder in folders]
                     scores[rate] = float(np.mean(results))
                 if not scores:
                     raise ValueError(
@@ -105,7 +106,7 @@ class Tuning:
                         f"see the .failed.json files in {output / 'tuning' / task}"
                     )
                 best = max(scores, key=lambda rate: (scores[rate], -rate))
-                tuned.setdefault(task, {})[arm] = {
+                tuned[task][arm] = {
                     "learning_rate": best,
                     "scores": {f"{rate:g}": score for rate, score in scores.items()},
                 }
@@ -116,7 +117,19 @@ class Tuning:
 def _diverged(folder: Path) -> bool:
     """Whether this run failed because its numbers were no longer finite."""
     failure = folder.with_name(f"{folder.name}.failed.json")
-    return failure.is_file() and "diverged" in read_json(failure)["error"]
+    return failure.is_file() and "diverged" in str(read_object(failure).get("error"))
+
+
+def _read_choices(path: Path) -> dict[str, dict[str, Any]]:
+    """tuned.json; ValueError where something in it is no choice of a rate."""
+    tuned = read_object(path)
+    for task, choices in tuned.items():
+        if not isinstance(choices, dict) or not all(
+            isinstance(choice, dict) and _is_number(choice.get("learning_rate"))
+            for choice in choices.values()
+        ):
+            raise ValueError(f"{path} has no learning_rate for an arm of {task}; restore or delete it")
+    return tuned
 
 
 def _is_number(value: object) -> bool:

@@ -19,6 +19,10 @@ METHODS = {
     "head": {"method": "head"},
     "bitfit": {"method": "bitfit"},
     "lora-biases": {"method": "lora", "recipe": replace(RECIPE, train_biases=True)},
+    "query-value-biases": {
+        "method": "lora",
+        "recipe": replace(RECIPE, matrices=("query", "value"), train_biases=True),
+    },
     "adalora-biases": {"method": "adalora", "recipe": replace(RECIPE, train_biases=True)},
 }
 

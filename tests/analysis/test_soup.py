@@ -9,6 +9,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from adalora_fast.analysis import soup_files
 from adalora_fast.analysis.changes import mixture
 from adalora_fast.analysis.rows import RowSet, read_rows, selection_and_report
 from adalora_fast.analysis.saved import open_run, open_runs
@@ -16,6 +17,7 @@ from adalora_fast.analysis.shared import SharedModel
 from adalora_fast.analysis.soup import ensemble_logits, greedy_soup, uniform_soup
 from adalora_fast.analysis.soup_files import save_lora
 from adalora_fast.analysis.soups import make_soup
+from adalora_fast.integrations.files import CONFIG, WEIGHTS
 from tests.experiments.training import read
 
 
@@ -105,15 +107,26 @@ def test_a_saved_soup_is_plain_lora(runs, tmp_path):
     np.testing.assert_allclose(rows.logits(loaded, "all")[0], expected, atol=3e-6)
 
 
-def test_a_saved_soup_with_biases(runs, tmp_path):
-    opened = open_runs([runs[name] for name in ("adalora-biases", "lora-2", "bitfit", "lora-biases")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("adalora-biases", "lora-2", "bitfit", "lora-biases"),
+        ("query-value-biases", "bitfit"),
+        ("query-value-biases", "adalora-0", "lora-biases"),
+    ],
+)
+def test_a_saved_soup_with_biases(runs, tmp_path, names):
+    """Where only some matrices are adapted, PEFT wraps only those, and loads the biases of the others too."""
+    opened = open_runs([runs[name] for name in names])
     shared = SharedModel.load(opened[0].settings, device="cpu")
-    changes, weights = shared.read(opened), [0.1, 0.2, 0.3, 0.4]
-    save_lora(shared, changes, weights, opened[0].settings, tmp_path / "lora")
+    changes, weights = shared.read(opened), uniform_soup(len(names))
+    saved = save_lora(shared, changes, weights, opened[0].settings, tmp_path / "lora")
     rows = RowSet(opened[0].settings, {"all": read_rows(opened[0].settings)}, shared.tokenizer, shared.device)
     with shared.mixed(changes, weights) as model:
         expected = rows.logits(model, "all")[0]
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "lora").eval()
+    wrapped = {name for name, module in loaded.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == set(saved.ranks) and len(wrapped) == (4 if names[1:] == ("bitfit",) else 12)
     np.testing.assert_allclose(rows.logits(loaded, "all")[0], expected, atol=3e-6)
 
 
@@ -154,6 +167,43 @@ def test_merged_into_a_full_model(runs, tmp_path):
     )
     assert rows.evaluate(model, "report").loss == pytest.approx(result["uniform"]["report"]["loss"], abs=1e-6)
     assert uniform_soup(2) == result["uniform"]["weights"]
+
+
+def test_an_interrupted_one_is_begun_anew(runs, tmp_path, monkeypatch):
+    """In the middle of saving: a model that lacks a file, and the draft that a killed process leaves."""
+    folders, output = [runs["lora-2"], runs["lora-4"]], tmp_path / "soup"
+
+    def interrupted(source, target):
+        (source / WEIGHTS).rename(target / WEIGHTS)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(soup_files, "move_files", interrupted)
+        make_soup(folders, output)
+    (output / "model" / ".saving-1").mkdir()
+    (output / "model" / ".saving-1" / CONFIG).touch()
+    assert read(output, "soup.json")["finished"] is False and not (output / "soup.md").exists()
+    result = make_soup(folders, output)
+    assert result["finished"] and read(output, "soup.json") == result
+    assert {path.name for path in output.iterdir()} == {"soup.json", "soup.md", "model"}
+    assert {path.name for path in (output / "model").iterdir()} == {WEIGHTS, CONFIG}
+
+
+def test_a_form_that_fails_leaves_the_folder_to_another(runs, tmp_path):
+    folders = [runs["head"], runs["bitfit"]]
+    with pytest.raises(ValueError, match="save it as full"):
+        make_soup(folders, tmp_path / "soup")
+    assert make_soup(folders, tmp_path / "soup", save="full")["saved"]["form"] == "full"
+    with pytest.raises(ValueError, match="not an empty folder"):
+        make_soup(folders, tmp_path / "soup", save="none")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"saved": null}', '{"finished": true}'])
+def test_a_file_of_that_name_is_no_unfinished_soup(runs, tmp_path, content):
+    (tmp_path / "soup.json").write_text(content)
+    with pytest.raises(ValueError, match="not an empty folder"):
+        make_soup([runs["lora-2"], runs["lora-4"]], tmp_path)
+    assert (tmp_path / "soup.json").read_text() == content
 
 
 def test_selection_on_held_out_rows(held_out_runs, tmp_path):

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adalora_fast import cli
+from adalora_fast.experiments import training
 from adalora_fast.experiments.adapters import adapt, load_encoder
 from adalora_fast.experiments.bottleneck import Bottleneck
 from adalora_fast.experiments.fusion import Fusion, mean_weights, open_sources
 from adalora_fast.experiments.models import head_modules
 from adalora_fast.experiments.tasks import TASKS
+from tests.experiments.test_question_answering import write_squad
 from tests.experiments.tiny import LAYERS, RECIPE, WIDTH, write_parquet, write_sst2
 from tests.experiments.training import TASK, StopAfter, files, read, settings, train, without_times
 
@@ -179,6 +181,27 @@ def test_the_weights_of_the_sources_in_the_folder(folder, sources):
     assert len(weights) == PLACES and "bert.encoder.layer.1.attention.output.dense" in weights
     for each in weights.values():
         assert len(each) == 2 and sum(each) == pytest.approx(1) and 0 < each[0] < 1
+
+
+def test_a_run_on_questions_in_half_precision(run, sources, tmp_path, monkeypatch):
+    """Its weights are computed as its evaluation was: in its batches and its precision."""
+    seen = []
+
+    def looked_at(model, batches):
+        batches = list(batches)
+        seen.append(([len(batch["input_ids"]) for batch in batches], torch.is_autocast_enabled("cpu")))
+        return mean_weights(model, batches)
+
+    monkeypatch.setattr(training, "mean_weights", looked_at)
+    data = write_squad(tmp_path / "data", repeat=1)
+    recipe = replace(NARROW, epochs=1, batch_size=2, max_length=24, stride=6, precision="bf16")
+    train(replace(run(recipe=recipe), task="squad", data_dir=str(data)), tmp_path / "run")
+    ((sizes, is_narrow),) = seen
+    assert max(sizes) == 4 and is_narrow
+    weights = read(tmp_path / "run", "fusion.json")["weights"]["validation"]
+    assert len(weights) == PLACES and all(
+        sum(each) == pytest.approx(1, abs=1e-3) for each in weights.values()
+    )
 
 
 def test_the_folder_stands_alone(folder, run, data):

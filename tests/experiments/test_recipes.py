@@ -59,6 +59,16 @@ def test_a_variant_adds_to_its_arm(tmp_path):
         load_recipe(path, "mrpc", "lora-r8")
 
 
+def test_a_default_for_matrices_is_for_the_arms_that_adapt_any(tmp_path):
+    path = write(tmp_path, {"defaults": {"matrices": ["query"]}, "arms": {"head": {"matrices": ["key"]}}})
+    assert load_recipe(path, "mrpc", "lora").matrices == load_recipe(path, "mrpc", "gsnr+sum").matrices
+    assert load_recipe(path, "mrpc", "lora").matrices == ("query",)
+    assert load_recipe(path, "mrpc", "full").matrices is None
+    # what is said for an arm alone is a mistake that the run then refuses
+    assert load_recipe(path, "mrpc", "head").matrices == ("key",)
+    assert load_recipe(path, "mrpc", "full", matrices=["value"]).matrices == ("value",)
+
+
 def test_an_empty_file_of_settings_gives_the_defaults(tmp_path):
     assert load_recipe(write(tmp_path, {}), "mrpc") == Recipe()
 

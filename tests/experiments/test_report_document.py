@@ -4,11 +4,13 @@ import csv
 import json
 import re
 
+import numpy as np
 import pytest
 
 from adalora_fast.experiments.report import write_report
 from adalora_fast.experiments.report.cells import averages
 from adalora_fast.experiments.report.contrasts import compare_all
+from adalora_fast.experiments.report.rank_maps import agreement, rank_maps, spearman
 from adalora_fast.experiments.report.sections_results import (
     against_nulls,
     beside_published,
@@ -246,7 +248,7 @@ def test_both_glue_averages_by_hand(tmp_path):
 
 def test_published_averages_stay_away_from_part_of_glue(reported):
     text = section(reported[1]["report.md"].read_text(), "Beside published numbers")
-    assert "The published numbers are of deberta-v3-base, these are of minilm" in text
+    assert "The published numbers that follow are of deberta-v3-base, these are of minilm" in text
     assert "RTE: trained or evaluated on a sample here" in text
     assert (
         "88.67" not in text
@@ -254,6 +256,60 @@ def test_published_averages_stay_away_from_part_of_glue(reported):
         and "90.44" not in text.partition("AdaLoRA's paper")[0].partition("| fisher")[2]
     )
     assert "| fisher | here |" in text and "| Fisher | published | 89.46 |" in text
+
+
+QQP_ARMS = ["lora-r1", "lora-r32", "full", "sensitivity"]
+
+
+@pytest.mark.parametrize(
+    ("model", "is_bert"), [("google-bert/bert-base-uncased", True), ("distilbert-base-uncased", False)]
+)
+def test_published_numbers_of_the_same_model_come_first(tmp_path, model, is_bert):
+    rates = dict.fromkeys(QQP_ARMS, 0.8)
+    sweep = read_sweep(write_sweep(tmp_path, rates, tasks=["qqp"], seeds=[0], rows=50, model=model))
+    text = beside_published(sweep)
+    first, _, rest = text.partition("The published numbers that follow are of deberta-v3-base, these are of")
+    for row in ("| LoRA r 1 | published | 87.90 | 83.80 |", "| LoRA r 32 | published | 88.00 | 84.00 |",
+                "| full fine-tuning | published | 90.60 | 87.50 |"):  # fmt: skip
+        assert row in text and (row in first) == is_bert
+    assert "| lora-r32 | here |" in text and "Score study" not in first and "Score study" in rest
+    assert ("follow are of bert-base, these are of distilbert" in rest) == (not is_bert)
+
+
+def test_arms_may_adapt_different_matrices(tmp_path):
+    """Their maps have different lengths: each arm is compared with itself, and with those like it."""
+    rates = {"sensitivity": 0.8, "fisher": 0.8, "movement": 0.8, "gsnr": 0.7}
+    write_sweep(tmp_path, rates, tasks=["mrpc"], seeds=[0, 1], rows=50)
+    for arm in ("sensitivity", "gsnr"):  # the first arm of the task, and one more
+        for seed in (0, 1):
+            path = tmp_path / "mrpc" / f"{arm}-seed{seed}" / "ranks.json"
+            saved = json.loads(path.read_text())
+            ranks = {name: rank for name, rank in saved["ranks"].items() if "attention" in name}
+            write_json(path, saved | {"ranks": dict(reversed(ranks.items())) if arm == "gsnr" else ranks})
+    text = write_report(tmp_path, replicates=50)[0].read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| MRPC | ")]
+    assert all(any(f"| MRPC | {arm} | 2 |" in line for line in lines) for arm in rates)
+    arms, table = agreement(read_sweep(tmp_path), "mrpc")
+    assert arms == list(rates)
+    compared = [["sensitivity", "gsnr"], ["fisher", "movement"]]
+    for i, a in enumerate(arms):
+        for j, b in enumerate(arms):
+            assert np.isnan(table[i, j]) == (not any({a, b} <= set(pair) for pair in compared))
+    means = {arm: rank_maps(read_sweep(tmp_path), "mrpc", arm).mean(axis=0) for arm in arms}
+    assert len(means["gsnr"]) < len(means["fisher"])
+    assert table[0, 3] == pytest.approx(spearman(means["sensitivity"], means["gsnr"]))
+    where = section(text, "Where rank goes: agreement between arms")
+    assert "–: the arms adapt different matrices" in where and "ranks-mrpc.png" in text
+
+
+def test_seeds_of_an_arm_adapt_the_same_matrices(tmp_path):
+    write_sweep(tmp_path, {"fisher": 0.8}, tasks=["mrpc"], seeds=[0, 1], rows=50)
+    path = tmp_path / "mrpc" / "fisher-seed1" / "ranks.json"
+    saved = json.loads(path.read_text())
+    saved["ranks"].popitem()
+    write_json(path, saved)
+    with pytest.raises(ValueError, match=r"seed1/ranks\.json adapts other matrices than the arm's other"):
+        rank_maps(read_sweep(tmp_path), "mrpc", "fisher")
 
 
 def test_tuning(tmp_path):

@@ -2,7 +2,6 @@
 kill.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -14,58 +13,10 @@ import pytest
 
 from adalora_fast.experiments import sweep
 from adalora_fast.experiments.recipes import RECIPES
-from adalora_fast.experiments.runs import open_run, read_json
-from adalora_fast.experiments.sweep import make_plan, run_sweep, write_plan
-from tests.experiments.tiny import printed, quiet_console, write_sst2
-
-GRID = {"tasks": ["sst2"], "arms": ["sensitivity", "lora"], "seeds": [0, 1]}
-DEFAULTS = {
-    "epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "max_length": 16, "init_r": 4, "target_r": 2,
-    "tinit": 2, "tfinal": 4, "deltaT": 2,
-}  # fmt: skip
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    def write(**content):
-        path = tmp_path / "mine.json"
-        path.write_text(json.dumps({"model": "tiny", "defaults": DEFAULTS, "grid": GRID} | content))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def plan(recipe, encoder, data_dir):
-    def make(*, content=None, **options):
-        return make_plan(
-            recipe=recipe(**(content or {})), **({"model": str(encoder), "data_dir": data_dir} | options)
-        )
-
-    return make
-
-
-@pytest.fixture
-def pretend(monkeypatch):
-    """Instead of training: a result at once, or what `pretend.does[arm]` does. Keeps what was run."""
-
-    def start(settings, path, progress):
-        pretend.ran.append(f"{settings.arm}-{settings.seed}-{settings.recipe.learning_rate:g}")
-        folder = open_run(path, settings)
-        with folder.locked():
-            folder.start()
-            primary = pretend.does.get(settings.arm, lambda settings: 0.5)(settings)
-            folder.finish({"primary": primary})
-
-    start.ran, start.does = [], {}
-    pretend = start
-    monkeypatch.setattr(sweep, "start_run", start)
-    return start
-
-
-def carry_out(plan, output, **options):
-    console = quiet_console()
-    return run_sweep(plan, output, console, **options), printed(console)
+from adalora_fast.experiments.runs import read_json
+from adalora_fast.experiments.sweep import make_plan, write_plan
+from tests.experiments.planning import DEFAULTS, GRID, TUNING, carry_out
+from tests.experiments.tiny import write_sst2
 
 
 def test_the_whole_grid_runs_seed_after_seed(plan, tmp_path, pretend):
@@ -101,20 +52,51 @@ def test_a_plan_may_grow_and_says_so(plan, tmp_path, pretend):
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"overrides": {"epochs": 3}}, "overrides"),
-        ({"content": {"defaults": DEFAULTS | {"epochs": 4}}}, "recipe"),
-        ({"options": {"dtype": "bfloat16"}}, "options"),
+        ({"overrides": {"epochs": 3}}, "overrides.epochs = None, and 3"),
+        ({"content": {"defaults": DEFAULTS | {"epochs": 4}}}, r"recipe\.sst2\.lora\.epochs = 2, and 4"),
+        ({"content": {"tasks": {"sst2": {"epochs": 4}}}}, r"recipe\.sst2\.lora\.epochs = 2, and 4"),
+        ({"content": {"arms": {"lora": {"scale": 3}}}}, r"recipe\.sst2\.lora\.scale = 2\.0, and 3"),
+        ({"options": {"dtype": "bfloat16"}}, "options.dtype = None, and 'bfloat16'"),
+        ({"tune": True}, "tuning = None, and .*"),
     ],
 )
 def test_another_plan_in_the_same_folder_is_refused(plan, tmp_path, pretend, changed, name):
     carry_out(plan(), tmp_path / "out")
     before = (tmp_path / "out" / "plan.json").read_bytes()
-    with pytest.raises(ValueError, match=f"holds a sweep with another {name} .*; choose another --output"):
+    with pytest.raises(ValueError, match=f"holds a sweep with {name} was asked for; choose another --output"):
         carry_out(plan(**changed), tmp_path / "out")
     assert (tmp_path / "out" / "plan.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_plan_may_grow_by_an_arm_and_a_task_that_the_recipe_had_not(plan, tmp_path, pretend):
+    """Its settings and its rates are new; those of the runs that were planned stay what they were."""
+    wide, content = {"init_r": 64, "target_r": 64}, {"tuning": TUNING}
+    carry_out(plan(content=content, tune=True, arms=["lora"], seeds=[0]), tmp_path / "out")
+    grown = {
+        "tuning": TUNING | {"arms": {"lora-r64": [1e-4, 2e-4, 3e-4]}},
+        "arms": {"lora-r64": wide, "head": {"epochs": 1}},
+        "tasks": {"rte": {"epochs": 9}},
+    }
+    for _ in range(2):
+        failed, _ = carry_out(
+            plan(content=grown, tune=True, arms=["lora", "lora-r64"], seeds=[0]), tmp_path / "out"
+        )
+        assert failed == 0 and pretend.ran[-1] == "lora-r64-0-0.0001"
+    described = read_json(tmp_path / "out" / "plan.json")
+    assert described["arms"] == ["lora", "lora-r64"] and described["recipe"]["arms"]["lora-r64"] == wide
+    assert described["tuning"]["arms"] == {"lora-r64": [1e-4, 2e-4, 3e-4]}
+    before = (tmp_path / "out" / "plan.json").read_bytes()
+    for part, settings in (("lora-r64", {"init_r": 32, "target_r": 32}), ("lora", {"scale": 8.0})):
+        changed = grown | {"arms": grown["arms"] | {part: settings}}
+        with pytest.raises(ValueError, match=r"holds a sweep with recipe\.sst2\.lora.* was asked for"):
+            carry_out(plan(content=changed, tune=True, arms=["lora"], seeds=[0]), tmp_path / "out")
+    changed = grown | {"tuning": grown["tuning"] | {"learning_rates": [1, 2, 3]}}
+    with pytest.raises(ValueError, match=r"tuning\.learning_rates\.lora = .* and \(1, 2, 3\) was asked for"):
+        carry_out(plan(content=changed, tune=True, arms=["lora"], seeds=[0]), tmp_path / "out")
+    assert (tmp_path / "out" / "plan.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": 1}'])
 def test_a_file_that_is_no_plan(plan, tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(ValueError, match="is no plan of a sweep"):
@@ -227,79 +209,6 @@ def test_the_packaged_recipes_are_sweeps(name):
     if plan.tuning:
         assert len(plan.tuning.learning_rates) == 5 and len(plan.tuning.seeds) == 2
         assert not set(plan.tuning.seeds) & set(plan.seeds)
-
-
-TUNING = {"learning_rates": [1e-3, 4e-3, 2e-3], "seeds": [7, 8], "held_out": 0.25}
-
-
-def test_rates_are_chosen_on_held_out_data_per_arm(plan, tmp_path, pretend):
-    """The best mean over the seeds; of two equally good rates the lower one."""
-    table = {("sensitivity", 1e-3): 0.5, ("sensitivity", 2e-3): 0.8, ("sensitivity", 4e-3): 0.8,
-             ("lora", 1e-3): 0.4, ("lora", 2e-3): 0.6, ("lora", 4e-3): 0.7}  # fmt: skip
-
-    def score(settings):
-        if settings.held_out:
-            assert settings.held_out == 0.25 and settings.seed in (7, 8)
-            return table[settings.arm, settings.recipe.learning_rate] + (0.1 if settings.seed == 8 else -0.1)
-        return 0.5
-
-    pretend.does |= dict.fromkeys(("sensitivity", "lora"), score)
-    tuned = plan(content={"tuning": TUNING}, tune=True)
-    assert carry_out(tuned, tmp_path / "out")[0] == 0
-    assert len(pretend.ran) == 12 + 4
-    assert pretend.ran[12:] == ["sensitivity-0-0.002", "lora-0-0.004", "sensitivity-1-0.002", "lora-1-0.004"]
-    chosen = read_json(tmp_path / "out" / "tuned.json")
-    assert chosen["sst2"]["lora"]["scores"] == {"0.001": 0.4, "0.002": 0.6, "0.004": 0.7}
-    before = (tmp_path / "out" / "tuned.json").read_bytes()
-    assert carry_out(tuned, tmp_path / "out")[0] == 0
-    assert (tmp_path / "out" / "tuned.json").read_bytes() == before and len(pretend.ran) == 16
-
-
-def test_a_rate_at_which_a_run_diverged_is_not_chosen(plan, tmp_path, pretend):
-    def score(settings):
-        if settings.held_out and settings.recipe.learning_rate == 4e-3 and settings.seed == 8:
-            raise ValueError("lora-r2 diverged: the evaluation loss is not finite")
-        return settings.recipe.learning_rate
-
-    pretend.does["lora"] = score
-    assert carry_out(plan(content={"tuning": TUNING}, tune=True, arms=["lora"]), tmp_path / "out")[0] == 1
-    assert read_json(tmp_path / "out" / "tuned.json")["sst2"]["lora"]["learning_rate"] == 2e-3
-
-
-def test_no_rate_is_chosen_before_every_run_is_there(plan, tmp_path, pretend):
-    """A machine that went down must not decide which rate is best."""
-
-    def score(settings):
-        if settings.recipe.learning_rate == 4e-3 and settings.seed == 8:
-            raise RuntimeError("CUDA out of memory")
-        return settings.recipe.learning_rate
-
-    pretend.does["lora"] = score
-    tuned = plan(content={"tuning": TUNING}, tune=True, arms=["lora"])
-    with pytest.raises(ValueError, match=r"for lora on sst2 before lora-lr0\.004-seed8 is there"):
-        carry_out(tuned, tmp_path / "out")
-    assert not (tmp_path / "out" / "tuned.json").exists()
-    pretend.does["lora"] = lambda settings: settings.recipe.learning_rate
-    assert carry_out(tuned, tmp_path / "out")[0] == 0
-    assert read_json(tmp_path / "out" / "tuned.json")["sst2"]["lora"]["learning_rate"] == 4e-3
-
-
-def test_no_rate_works(plan, tmp_path, pretend):
-    def fail(settings):
-        raise ValueError("it diverged")
-
-    pretend.does["lora"] = fail
-    with pytest.raises(ValueError, match=r"every learning rate of .* diverged for lora on sst2"):
-        carry_out(plan(content={"tuning": TUNING}, tune=True, arms=["lora"]), tmp_path / "out")
-
-
-def test_an_arm_may_have_a_grid_of_its_own(plan, tmp_path, pretend):
-    tuning = TUNING | {"arms": {"full": [1e-5, 2e-5, 4e-5]}}
-    pretend.does["full"] = lambda settings: 1 - settings.recipe.learning_rate
-    assert carry_out(plan(content={"tuning": tuning}, tune=True, arms=["full"]), tmp_path / "out")[0] == 0
-    assert pretend.ran[-1] == "full-1-1e-05"
-    with pytest.raises(ValueError, match="full has 1 learning rates to choose from and the others 3"):
-        plan(content={"tuning": TUNING | {"arms": {"full": [1e-5]}}}, tune=True)
 
 
 def test_another_spelling_of_an_arm_is_the_same_arm(plan):

@@ -33,6 +33,26 @@ def folders(encoder, data_dir, tmp_path_factory):
     return root
 
 
+def test_a_text_that_is_longer_than_the_model_reaches(encoder, tmp_path):
+    """Said before the first batch, not in the middle of training."""
+    write_sst2(tmp_path / "data", train=8, validation=4)
+    write_parquet(tmp_path / "data" / "sst2" / "validation.parquet", sentence=["a " * 60], label=[1])
+    run = settings(encoder, tmp_path / "data", method="head", recipe=replace(RECIPE, max_length=64))
+    with pytest.raises(
+        ValueError, match=r"max_length 64 lets through a text of \d+ tokens in validation, and .*"
+    ):
+        train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_scales_of_ia3_do_not_decay(encoder, data_dir, tmp_path):
+    recipe = replace(RECIPE, weight_decay=100.0, learning_rate=1e-3)
+    train(settings(encoder, data_dir, method="ia3", recipe=recipe), tmp_path / "run")
+    scales = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    scales = torch.cat([value.flatten() for name, value in scales.items() if "ia3_l" in name])
+    assert (scales - 1).abs().max() < 0.05  # with decay they would be near (1 - 0.1)^10
+
+
 @pytest.mark.parametrize("label", RUNS)
 def test_files(folders, label):
     adapter = {

@@ -14,7 +14,7 @@ from adalora_fast.experiments.recipes import Recipe, load_recipe
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.sweep import make_plan
 from adalora_fast.experiments.tasks import TASKS
-from adalora_fast.experiments.translation import generation_config, load_pairs, set_languages
+from adalora_fast.experiments.translation import generation_config, load_pairs, pair_hashes, set_languages
 from adalora_fast.experiments.workloads import load_workload
 from tests.experiments.mbart import (
     ENGLISH,
@@ -141,6 +141,8 @@ def test_judging_generated_ids(run, mbart):
     texts = list(wrong.answers.values())
     assert texts[:2] == references[1::-1] and wrong.metrics["bleu"] == bleu(texts, references) < 1
     assert np.array_equal(wrong.arrays["bleu_statistics"], bleu_statistics(texts, references))
+    hashes = pair_hashes(work.splits["validation"].sources, references)  # of the rows, whatever was generated
+    assert all(np.array_equal(judged.arrays["pair_hashes"], hashes) for judged in (right, wrong))
 
 
 def test_a_run_leaves_translations_and_counts(adalora, data):

@@ -1,5 +1,7 @@
 """Runs of translation beside each other: a paired bootstrap of BLEU, published numbers, maps of ranks."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -11,6 +13,7 @@ from adalora_fast.experiments.report.contrasts import compare_all
 from adalora_fast.experiments.report.replicates import task_replicates
 from adalora_fast.experiments.report.sections_results import beside_published, results
 from adalora_fast.experiments.report.sweep import read_sweep
+from adalora_fast.experiments.translation import pair_hashes
 from tests.experiments.mbart import pairs
 from tests.experiments.sweeps import write_json, write_plan
 
@@ -35,7 +38,9 @@ def write_sweep(folder, references, arms, model=MODEL):
             }  # fmt: skip
             write_json(place / "result.json", result)
             counts = bleu_statistics(texts, references)
-            save_file({"validation/bleu_statistics": counts}, place / "predictions.safetensors")
+            hashes = pair_hashes(pairs(len(references))[0], references)
+            arrays = {"validation/bleu_statistics": counts, "validation/pair_hashes": hashes}
+            save_file(arrays, place / "predictions.safetensors")
     return folder
 
 
@@ -67,23 +72,40 @@ def test_published_numbers_are_of_one_model(tmp_path, model):
     arms = {"lora-r4": [references], "full": [references]}
     shown = beside_published(read_sweep(write_sweep(tmp_path / "sweep", references, arms, model)))
     assert "| LoRA r 4 | published | 30.40 |" in shown and "| lora-r4 | here | 100.00 |" in shown
-    assert ("are of mbart-large-cc25, these are of facebook/mbart-large-50" in shown) == (model != MODEL)
+    words = "The published numbers that follow are of mbart-large-cc25, these are of facebook/mbart-large-50"
+    assert (words in shown) == (model != MODEL)
     assert ("do not measure the same thing" in shown) == (model != MODEL)
     assert "deberta" not in shown
+
+
+def test_the_hash_of_a_pair():
+    """Whatever the machine: BLAKE2b of both texts with a NUL between them."""
+    found = pair_hashes(["the moon", "a", "ab", ""], ["luna știe", "bc", "c", ""])
+    assert found.dtype == np.int64 and len(set(found.tolist())) == 4
+    for value, text in zip(found.tolist(), ("the moon\0luna știe", "a\0bc", "ab\0c", "\0"), strict=True):
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+        assert value == int.from_bytes(digest, "little", signed=True)
+    assert pair_hashes([], []).shape == (0,)
 
 
 def test_runs_on_other_sentences_are_not_compared(tmp_path):
     references = pairs(12)[1]
     folder = write_sweep(tmp_path / "a", references, {"lora-r1": [references], "full": [references]})
     path = folder / "wmt16_ro_en" / "full-seed0" / "predictions.safetensors"
-    others = [f"{text} Da." for text in references]
-    save_file({"validation/bleu_statistics": bleu_statistics(references, others)}, path)
-    with pytest.raises(ValueError, match="were not evaluated on the same rows of validation; evaluate both"):
-        task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
-    save_file({"validation/bleu_statistics": np.ones(12, dtype=np.int64)}, path)
+    counts, sources = bleu_statistics(references, references), pairs(12)[0]
+    spelled = [*references[:-1], f"{references[-1]}ă"]  # another word, no more words
+    for others in ((sources, spelled), (sources[::-1], references), (sources[:11], references[:11])):
+        hashes = pair_hashes(*others)  # the counts of words are the same
+        arrays = {"validation/bleu_statistics": counts[: len(hashes)], "validation/pair_hashes": hashes}
+        save_file(arrays, path)
+        with pytest.raises(ValueError, match="were not evaluated on the same rows of validation; evaluate"):
+            task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
+    hashes = pair_hashes(sources, references)
+    arrays = {"validation/bleu_statistics": np.ones(12, dtype=np.int64), "validation/pair_hashes": hashes}
+    save_file(arrays, path)
     with pytest.raises(ValueError, match=r"full-seed0/predictions\.safetensors.*\(12,\)"):
         task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
-    save_file({"validation/f1": np.ones(12)}, path)
+    save_file({"validation/bleu_statistics": counts}, path)
     with pytest.raises(ValueError, match="has no labels and predictions of validation; delete"):
         task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
 

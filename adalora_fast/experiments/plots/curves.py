@@ -115,7 +115,10 @@ def _scores(figure: Any, scored: Mapping[str, Mapping[str, Band]], lines: int) -
         if (values > 0).all():
             axis.set_yscale("log")
         elif np.abs(values).max() > 0:
-            axis.set_yscale("symlog", linthresh=np.abs(values).max() / 10)
+            # Of the ticks on both sides of zero only the outermost: their labels would lie on one another.
+            power = 10.0 ** np.floor(np.log10(np.abs(values).max()))
+            axis.set_yscale("symlog", linthresh=power / 10)
+            axis.set_yticks([-power, 0.0, power])
         axis.minorticks_off()
         axis.set_title(arm, fontsize=8.5)
         axis.tick_params(labelsize=7)

@@ -14,7 +14,7 @@ from ..plots.ranks import rank_figure
 from ..plots.style import arm_styles, save, styled
 from .contrasts import AVERAGE, Contrasts
 from .logs import ArmCurves, arm_curves
-from .rank_maps import agreement, rank_maps, varies
+from .rank_maps import adapted_matrices, agreement, rank_maps, varies
 from .sweep import NULLS, Sweep
 from .tables import task_heading, task_name
 
@@ -89,7 +89,7 @@ def mean_ranks(sweep: Sweep, task: str) -> list[tuple[str, dict[str, float]]]:
     for arm in sweep.plan.arms:
         maps = rank_maps(sweep, task, arm)
         if varies(maps):
-            names = next(run.ranks for run in sweep.task_runs(task) if run.ranks)
+            names = adapted_matrices(sweep, task, arm)
             seeds = f"{len(maps)} seed{'s' if len(maps) > 1 else ''}"
             found.append((f"{arm} ({seeds})", dict(zip(names, np.mean(maps, axis=0).tolist(), strict=True))))
     return found

@@ -25,17 +25,26 @@ def rank_vector(run: Run, matrices: list[str]) -> np.ndarray:
     """r [L] in the order of `matrices`; ValueError where the run adapts other ones."""
     if set(run.ranks) != set(matrices):
         raise ValueError(
-            f"{run.folder / 'ranks.json'} adapts other matrices than the rest of its task; run it again"
+            f"{run.folder / 'ranks.json'} adapts other matrices than the arm's other seeds; run it again"
         )
     return np.array([run.ranks[name] for name in matrices], dtype=float)
 
 
+def adapted_matrices(sweep: Sweep, task: str, arm: str) -> list[str]:
+    """The L matrices that the arm adapts (recipes may give arms different ones), in an order that all arms of
+    the task share; [] where it has no ranks.
+    """
+    own = next((run.ranks for run in sweep.of(task, arm).values() if run.ranks), {})
+    order = dict.fromkeys(name for run in sweep.task_runs(task) for name in run.ranks)
+    return [name for name in order if name in own]
+
+
 def rank_maps(sweep: Sweep, task: str, arm: str) -> np.ndarray:
-    """r [seeds, L] of one arm's complete runs; [0, 0] where it has no ranks."""
+    """r [seeds, L] of one arm's complete runs in the order of `adapted_matrices`; [0, 0] without."""
     runs = [run for run in sweep.of(task, arm).values() if run.ranks]
     if not runs:
         return np.empty((0, 0))
-    matrices = list(next(run.ranks for run in sweep.task_runs(task) if run.ranks))
+    matrices = adapted_matrices(sweep, task, arm)
     return np.stack([rank_vector(run, matrices) for run in runs])
 
 
@@ -84,12 +93,13 @@ def stability(maps: np.ndarray) -> Stability | None:
 def agreement(sweep: Sweep, task: str) -> tuple[list[str], np.ndarray]:
     """(arms whose ranks vary; Spearman's correlations [arms, arms] of their mean rank maps over seeds).
 
-    NaN where a mean map is constant.
+    NaN where a mean map is constant, or the two arms adapt different matrices.
     """
     maps = {arm: rank_maps(sweep, task, arm) for arm in sweep.plan.arms}
     means = {arm: own.mean(axis=0) for arm, own in maps.items() if varies(own)}
     table = np.eye(len(means))
-    for (i, a), (j, b) in combinations(enumerate(means.values()), 2):
-        value = spearman(a, b)
+    matrices = {arm: adapted_matrices(sweep, task, arm) for arm in means}
+    for (i, a), (j, b) in combinations(enumerate(means), 2):
+        value = spearman(means[a], means[b]) if matrices[a] == matrices[b] else None
         table[i, j] = table[j, i] = np.nan if value is None else value
     return list(means), table

@@ -68,8 +68,8 @@ def task_replicates(sweep: Sweep, task: str, replicates: int, seed: int = 0) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class _Examples:
-    """One split: the labels (None: `predictions` are scores to be averaged; for BLEU the lengths of the
-    references) and every run's predictions (for BLEU the counts of every sentence [N, 10]).
+    """One split: the labels (None: `predictions` are scores to be averaged; for BLEU the hashes of the pairs
+    of sentences) and every run's predictions (for BLEU the counts of every sentence [N, 10]).
     """
 
     metric: str
@@ -115,14 +115,14 @@ def _examples(runs: list[Run], split: str, metric: str) -> _Examples:
 
 def _columns(run: Run, split: str, metric: str) -> tuple[np.ndarray | None, np.ndarray]:
     """(labels or None, predictions) [N] of one run; None where the predictions are scores per question. For
-    BLEU the lengths of the references [N] and the counts of every sentence [N, 10].
+    BLEU `translation.pair_hashes` [N] and the counts of every sentence [N, 10].
     """
     path = run.folder / "predictions.safetensors"
     tensors = _load(path)
     columns = 1
-    if metric == "bleu" and f"{split}/bleu_statistics" in tensors:
-        predictions = tensors[f"{split}/bleu_statistics"]
-        labels, columns = predictions[..., 1:2].ravel(), 2
+    if metric == "bleu" and {f"{split}/bleu_statistics", f"{split}/pair_hashes"} <= tensors.keys():
+        labels, predictions = tensors[f"{split}/pair_hashes"], tensors[f"{split}/bleu_statistics"]
+        columns = 2
     elif metric in QUESTION_METRICS and f"{split}/{metric}" in tensors:
         labels, predictions = None, tensors[f"{split}/{metric}"]
     elif f"{split}/labels" in tensors and f"{split}/predictions" in tensors:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..runs import read_json
+from ..runs import read_object
 
 COLUMNS = {
     "task",
@@ -37,11 +37,8 @@ def load_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
     results = []
     for folder in folders:
         path = folder / "result.json"
-        try:
-            result = read_json(path)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); delete it or look elsewhere") from error
-        missing = COLUMNS - (result.keys() if isinstance(result, dict) else set())
+        result = read_object(path)
+        missing = COLUMNS - result.keys()
         if missing:
             raise ValueError(
                 f"{path} has no {sorted(missing)[0]!r}: it is no result of a run; look elsewhere"

@@ -46,10 +46,11 @@ def rank_stability(sweep: Sweep) -> str:
 
 def rank_agreement(sweep: Sweep) -> str:
     """Per task: Spearman's correlation between the arms' mean rank maps."""
-    parts = []
+    parts, tables = [], []
     for task in sweep.plan.tasks:
         arms, table = agreement(sweep, task)
         if len(arms) > 1:
+            tables.append(table)
             rows = [
                 (a, *(_correlation(value) for value in line)) for a, line in zip(arms, table, strict=True)
             ]
@@ -59,6 +60,8 @@ def rank_agreement(sweep: Sweep) -> str:
     head = (
         "Spearman's correlation between the arms' final ranks, averaged over seeds before they are compared."
     )
+    if any(np.isnan(table).any() for table in tables):
+        head += " –: the arms adapt different matrices, or the mean ranks of one are all equal."
     return "\n\n".join([head, *parts])
 
 

@@ -1,5 +1,6 @@
 """The report's tables of results: end of training, best checkpoint, published numbers, contrasts."""
 
+import re
 from collections import Counter
 
 from ..tasks import get_task
@@ -112,34 +113,33 @@ def checkpoints(sweep: Sweep) -> str:
 
 
 def beside_published(sweep: Sweep) -> str:
-    """This sweep's rows below the published ones, with what makes them incomparable."""
-    warnings = _incomparable(sweep)
-    parts = [f"**{warning}**" for warning in warnings]
-    for table in published_tables():
-        own = _published_part(sweep, table)
-        if own:
-            parts.append(own)
-    if len(parts) == len(warnings):
+    """This sweep's rows below the published ones, with what makes them incomparable; numbers of the same
+    model come first.
+    """
+    shown = [(table.model, own) for table in published_tables() if (own := _published_part(sweep, table))]
+    if not shown:
         return "No published table has the tasks of this sweep and those of its arms whose runs are complete."
+    models = sorted({run.result["model"] for run in sweep.runs.values()})
+    same = {published: all(_is_of(model, published) for model in models) for published, _ in shown}
+    parts = []
+    samples = [task_name(task) for task in sweep.plan.tasks if sweep.is_sample(task)]
+    if samples:
+        parts.append(
+            f"**{', '.join(samples)}: trained or evaluated on a sample here, on all of the data there.**"
+        )
+    for published in sorted(same, key=lambda published: not same[published]):
+        if not same[published]:
+            parts.append(
+                f"**The published numbers that follow are of {published}, these are of {', '.join(models)}: "
+                "they do not measure the same thing.**"
+            )
+        parts += [own for model, own in shown if model == published]
     return "\n\n".join(parts)
 
 
-def _incomparable(sweep: Sweep) -> list[str]:
-    models = {run.result["model"] for run in sweep.runs.values()} or {sweep.plan.model}
-    samples = [task_name(task) for task in sweep.plan.tasks if sweep.is_sample(task)]
-    found = []
-    tables = [t for t in published_tables() if any(c.task in sweep.plan.tasks for c in t.columns)]
-    for published in dict.fromkeys(table.model for table in tables):
-        if any(published not in model.lower() for model in models):
-            found.append(
-                f"The published numbers are of {published}, these are of {', '.join(sorted(models))}: "
-                "they do not measure the same thing."
-            )
-    if samples:
-        found.append(
-            f"{', '.join(samples)}: trained or evaluated on a sample here, on all of the data there."
-        )
-    return found
+def _is_of(model: str, published: str) -> bool:
+    """Whether a model's name or path says that it is the published one: distilbert-base is no bert-base."""
+    return re.search(rf"(?<![a-z]){re.escape(published)}", model.lower()) is not None
 
 
 def _published_part(sweep: Sweep, table: PublishedTable) -> str:

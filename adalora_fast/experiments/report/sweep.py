@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..runs import METHODS, read_json
+from ..runs import OTHER_METHODS, read_object
 
 RESULT_KEYS = (
     "task", "model", "arm", "seed", "sample", "primary_metric", "primary", "metrics", "trainable_parameters",
     "total_rank", "train_seconds", "seconds",
 )  # fmt: skip
 NULLS = ("uniform", "random")
-PLAIN = METHODS[1:]  # without an importance score of this package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Plan:
     @property
     def scores(self) -> tuple[str, ...]:
         """The arms that allocate by an importance score."""
-        return tuple(arm for arm in self.arms if arm.partition("-")[0] not in (*NULLS, *PLAIN))
+        return tuple(arm for arm in self.arms if arm.partition("-")[0] not in (*NULLS, *OTHER_METHODS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +168,6 @@ def read_sweep(folder: Path) -> Sweep:
         folder=folder, plan=plan, runs=runs, missing=tuple(missing), tuned=tuned,
         unplanned=_unplanned(folder, plan),
     )  # fmt: skip
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the file where there is none."""
-    try:
-        content = read_json(path)
-    except (ValueError, OSError) as error:  # also where it is not text
-        raise ValueError(f"{path} is not readable JSON ({error}); restore or delete it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; restore or delete it")
-    return content
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
