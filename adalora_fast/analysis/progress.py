@@ -37,7 +37,7 @@ class AnalysisProgress:
     @contextmanager
     def steps(self, description: str, total: int) -> Iterator[Advance]:
         """Steps of which there are `total`, all about equally long."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
             yield self._lines(description, total)
             return
         with Progress(

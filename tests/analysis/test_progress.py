@@ -41,7 +41,8 @@ def test_nothing_of_what_is_soon_done(clock):
         advance()
 
 
-def test_a_bar_on_a_terminal():
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with AnalysisProgress(console).steps("paths", 8) as advance:
         for _ in range(4):

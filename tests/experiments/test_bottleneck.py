@@ -196,11 +196,15 @@ def test_an_adapter_goes_where_its_place_is():
     assert place.adapter.down.weight.device == place.weight.device
 
 
+@pytest.mark.parametrize("method", ["houlsby", "fusion", "full", "head", "bitfit"])
+def test_no_matrices_for_what_adapts_none(method):
+    with pytest.raises(ValueError, match=rf"matrices is \['query'\], but {method} adapts none; leave it out"):
+        settings("tiny", "data", method, recipe=replace(RECIPE, matrices=("query",)))
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("houlsby", {"recipe": replace(RECIPE, matrices=("query",))}, "matrices is .'query'., but houlsby"),
-        ("fusion", {"recipe": replace(RECIPE, matrices=("query",)), "adapters": ("a", "b")}, "but fusion"),
         ("lora", {"adapters": ("a", "b")}, "adapters are given to the method 'lora'"),
         ("houlsby", {"adapters": ("a",)}, "adapters are given to the method 'houlsby'"),
         ("fusion", {}, "two or more different runs, not from "),

@@ -153,7 +153,9 @@ def test_runs_that_adapt_other_matrices_are_named(tmp_path):
     folder = write_sweep(tmp_path, {"sensitivity": 0.8}, tasks=["rte"], seeds=[0, 1], rows=20)
     write_json(folder / "rte" / "sensitivity-seed1" / "ranks.json", {"init_r": 4, "ranks": {"x": 1}})
     sweep = read_sweep(folder)
-    with pytest.raises(ValueError, match=r"seed1/ranks.json adapts other matrices than the rest of its task"):
+    with pytest.raises(
+        ValueError, match=r"seed1/ranks.json adapts other matrices than the arm's other seeds"
+    ):
         mean_ranks(sweep, "rte")
     write_json(folder / "rte" / "sensitivity-seed1" / "ranks.json", {"ranks": 3})
     with pytest.raises(ValueError, match=r"ranks.json has no ranks and init_r"):
