@@ -13,7 +13,7 @@ from .bottleneck import add_bottlenecks, check_bottlenecks
 from .encoders import load_model
 from .fusion import TRAINED, add_fusion
 from .models import family_of, head_modules, is_of_head, target_modules
-from .runs import VIRTUAL, RunSettings
+from .runs import LOW_RANK, VIRTUAL, RunSettings
 from .tasks import Task
 
 # PEFT's config insists on a number; the callbacks know the real one when training starts.
@@ -76,7 +76,7 @@ def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
 
 
 def _adapted(model: nn.Module, settings: RunSettings, task: Task, head: list[str]) -> nn.Module:
-    if settings.method in ("adalora", "peft", "lora"):
+    if settings.method in LOW_RANK:
         return add_low_rank(model, settings, task, head)
     if settings.method in VIRTUAL:
         from .prompts import add_prompt

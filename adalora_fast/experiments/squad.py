@@ -5,14 +5,14 @@ which neighbours share `stride` tokens of the passage. `squad_answers` makes ans
 about the windows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .tasks import TASKS, held_out_rows, read_table, some_rows
+from .tasks import TASKS, Rows, read_table
 
 COLUMNS = ("id", "context", "question", "answers")
 MAX_QUESTION_LENGTH = 64  # tokens, the limit of BERT's own script for SQuAD
@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 1000  # offsets as Python objects need a hundred times the space 
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionSplit:
+class QuestionSplit(Rows):
     """Questions of one split, in the order of the file.
 
     Each entry of `answers` has the accepted answers as `text`, and as `answer_start` the character of the
@@ -48,18 +48,10 @@ class QuestionSplit:
             answers=[self.answers[i] for i in indices],
         )
 
-    def take(self, count: int | None) -> "QuestionSplit":
-        """`count` rows, always the same ones, in the order of the file; then it is a sample."""
-        if count is None or count >= len(self):
-            return self
-        return replace(self.select(some_rows(len(self), count)), sample=True)
-
-    def hold_out(self, fraction: float) -> tuple["QuestionSplit", "QuestionSplit"]:
-        """(the rest, about `fraction` of the rows), always the same ones. No context is on both sides: a
-        question about a passage that was trained on is no test.
-        """
-        held = held_out_rows([context.strip() for context in self.contexts], fraction)
-        return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))
+    @property
+    def keys(self) -> list[Hashable]:
+        """The context: a question about a passage that was trained on is no test."""
+        return [context.strip() for context in self.contexts]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ whole split is absent, `<split>_sample.parquet` is used and the result is marked
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import pyarrow
@@ -126,8 +127,38 @@ TASKS: dict[str, Task] = {
 }
 
 
+class Rows(ABC):
+    """What every split of data can do with its rows; a frozen dataclass with a field `sample`."""
+
+    sample: bool
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    @abstractmethod
+    def select(self, rows: Sequence[int]) -> Self:
+        """These rows, in this order."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> list[Hashable]:
+        """What must not be the same on both sides of `hold_out`, for every row."""
+
+    def take(self, count: int | None) -> Self:
+        """`count` rows, always the same ones, in the order of the file; then it is a sample."""
+        if count is None or count >= len(self):
+            return self
+        return replace(self.select(some_rows(len(self), count)), sample=True)
+
+    def hold_out(self, fraction: float) -> tuple[Self, Self]:
+        """(the rest, about `fraction` of the rows), always the same ones, no key on both sides."""
+        held = held_out_rows(self.keys, fraction)
+        return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Rows):
     """Rows of one split: one column of texts per text column, and the labels.
 
     `source` is the file or hub address; `sample` is true where it is only part of the official split.
@@ -146,16 +177,10 @@ class Split:
         texts = tuple([column[row] for row in rows] for column in self.texts)
         return replace(self, texts=texts, labels=[self.labels[row] for row in rows])
 
-    def take(self, count: int | None) -> "Split":
-        """`count` rows, always the same ones, in the order of the file; then it is a sample."""
-        if count is None or count >= len(self):
-            return self
-        return replace(self.select(some_rows(len(self), count)), sample=True)
-
-    def hold_out(self, fraction: float) -> tuple["Split", "Split"]:
-        """(the rest, `fraction` of the rows), always the same rows, no text on both sides."""
-        held = held_out_rows([texts for texts in zip(*self.texts, strict=True)], fraction)
-        return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))
+    @property
+    def keys(self) -> list[Hashable]:
+        """The text, or both texts."""
+        return list(zip(*self.texts, strict=True))
 
     @property
     def label_counts(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ data have some, and BLEU and chrF count an empty translation or reference as one
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from transformers import GenerationConfig
 from .metrics.translation import bleu, bleu_statistics, check_installed, chrf
 from .recipes import Recipe
 from .runs import RunSettings
-from .tasks import Task, get_task, held_out_rows, read_table, some_rows
-from .workloads import HELD_OUT, Judged, cached
+from .tasks import Rows, Task, get_task, read_table
+from .workloads import Judged, cached, load_splits
 
 LANGUAGE_CODES = {"en": "en_XX", "ro": "ro_RO"}  # mBART's names of the columns
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSplit:
+class PairSplit(Rows):
     """Sentences and their translations; `source` and `sample` as in `tasks.Split`."""
 
     sources: list[str]
@@ -40,16 +40,10 @@ class PairSplit:
         sources, targets = ([column[row] for row in rows] for column in (self.sources, self.targets))
         return replace(self, sources=sources, targets=targets)
 
-    def take(self, count: int | None) -> "PairSplit":
-        """`count` rows, always the same ones, in the order of the file; then it is a sample."""
-        if count is None or count >= len(self):
-            return self
-        return replace(self.select(some_rows(len(self), count)), sample=True)
-
-    def hold_out(self, fraction: float) -> tuple["PairSplit", "PairSplit"]:
-        """(the rest, `fraction` of the rows), always the same rows, no source sentence on both sides."""
-        held = held_out_rows([text.strip() for text in self.sources], fraction)
-        return self.select([row for row in range(len(self)) if row not in held]), self.select(sorted(held))
+    @property
+    def keys(self) -> list[Hashable]:
+        """The source sentence."""
+        return [text.strip() for text in self.sources]
 
 
 def load_pairs(task: Task, split: str, data_dir: Path | None) -> PairSplit:
@@ -87,18 +81,7 @@ class Translation:
     def load(cls, settings: RunSettings) -> "Translation":
         """Read and check the data of these settings."""
         check_installed()
-        task, recipe = get_task(settings.task), settings.recipe
-        data_dir = None if settings.data_dir is None else Path(settings.data_dir)
-        splits = {"train": load_pairs(task, "train", data_dir)}
-        if settings.held_out:
-            splits["train"], splits[HELD_OUT] = splits["train"].hold_out(settings.held_out)
-        else:
-            splits |= {name: load_pairs(task, name, data_dir) for name in task.evaluation}
-        splits = {
-            name: split.take(recipe.train_rows if name == "train" else recipe.evaluation_rows)
-            for name, split in splits.items()
-        }
-        return cls(task=task, splits=splits)
+        return cls(task=get_task(settings.task), splits=load_splits(settings, load_pairs))
 
     @property
     def evaluation(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from datasets import Dataset
@@ -17,10 +17,11 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from . import metrics
 from .recipes import Recipe
 from .runs import RunSettings
-from .tasks import Split, Task, get_task, load_split
+from .tasks import Rows, Split, Task, get_task, load_split
 
 HELD_OUT = "held_out"
 CACHED_ROWS = 20_000  # tokenising fewer takes a few seconds
+RowsOfKind = TypeVar("RowsOfKind", bound=Rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,7 @@ class Classification:
 
 def load_workload(settings: RunSettings) -> Workload:
     """The workload of these settings; its data are read at once, so that every mistake in them shows now."""
-    task, recipe = get_task(settings.task), settings.recipe
-    data_dir = None if settings.data_dir is None else Path(settings.data_dir)
+    task = get_task(settings.task)
     if task.kind == "question_answering":
         from .question_answering import QuestionAnswering
 
@@ -100,16 +100,26 @@ def load_workload(settings: RunSettings) -> Workload:
         from .translation import Translation
 
         return Translation.load(settings)
-    splits = {"train": load_split(task, "train", data_dir)}
+    return Classification(task=task, splits=load_splits(settings, load_split))
+
+
+def load_splits(
+    settings: RunSettings, load: Callable[[Task, str, Path | None], RowsOfKind]
+) -> dict[str, RowsOfKind]:
+    """`train` and what is evaluated: the part of it that is held out, or the task's own splits; each with as
+    many rows as the recipe wants.
+    """
+    task, recipe = get_task(settings.task), settings.recipe
+    data_dir = None if settings.data_dir is None else Path(settings.data_dir)
+    splits = {"train": load(task, "train", data_dir)}
     if settings.held_out:
         splits["train"], splits[HELD_OUT] = splits["train"].hold_out(settings.held_out)
     else:
-        splits |= {name: load_split(task, name, data_dir) for name in task.evaluation}
-    splits = {
+        splits |= {name: load(task, name, data_dir) for name in task.evaluation}
+    return {
         name: split.take(recipe.train_rows if name == "train" else recipe.evaluation_rows)
         for name, split in splits.items()
     }
-    return Classification(task=task, splits=splits)
 
 
 def tokenize(split: Split, tokenizer: Any, max_length: int) -> Dataset:
