@@ -51,8 +51,10 @@ class Train:
 
     task: str
     """mrpc, sst2, cola, rte, qnli, qqp, wnli, stsb, mnli, squad, squad_v2 or wmt16_ro_en."""
-    model: str = "microsoft/deberta-v3-base"
-    """minilm (the packaged encoder), the path of a local folder, or a name on the hub."""
+    model: str | None = None
+    """minilm (the packaged encoder), the path of a local folder, or a name on the hub (default: the
+    recipe's; without a recipe microsoft/deberta-v3-base).
+    """
     data_dir: Path | None = None
     """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else the hub)."""
     output: Path | None = None

@@ -125,7 +125,8 @@ def soup_report(result: Result) -> str:
     text = [
         f"# Soup of {len(names)} runs on {task_name(result['task'])}",
         f"Model {escape_markdown(result['model'])}, computed in {PRECISIONS[result['precision']]}. Chosen by "
-        f"the loss on {parts['selection']['rows']} rows, reported on {parts['report']['rows']} others "
+        f"the loss on {parts['selection']['rows']} rows, reported on {parts['report']['rows']} others"
+        f"{_sample(parts['report'])} "
         f"(selection: {result['selection']}).",
         markdown(["", *columns], [[name, *cells(of)] for name, of in candidates]),
         markdown(
@@ -150,9 +151,13 @@ def study() -> dict[str, Any]:
 def _setting(result: Result) -> str:
     rows = result["rows"]
     return (
-        f"Model {escape_markdown(result['model'])}, {rows['rows']} rows of {rows['split']}, computed in "
-        f"{PRECISIONS[result['precision']]}."
+        f"Model {escape_markdown(result['model'])}, {rows['rows']} rows of {rows['split']}{_sample(rows)}, "
+        f"computed in {PRECISIONS[result['precision']]}."
     )
+
+
+def _sample(rows: Result) -> str:
+    return " (a sample of the official data)" if rows["sample"] else ""
 
 
 def _scores(own: Sequence[Mapping[str, float]], result: Result) -> tuple[list[str], list[list[float | None]]]:

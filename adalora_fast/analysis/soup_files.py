@@ -64,10 +64,10 @@ def save_lora(
     names = list(dict.fromkeys(name for change in changes for name in change.tensors))
     biases = [name for name in names if not is_of_head(name, head)]
     if not all(name.endswith(".bias") for name in biases):
-        raise ValueError("a fully trained run is in this mixture, which no LoRA holds; save it as full")
+        raise ValueError("a fully trained run is in this mixture, which no LoRA holds; give --save full")
     modules = list(dict.fromkeys(name for change in changes for name in change.factors))
     if not modules:
-        raise ValueError("no run in this mixture has adapted a matrix; save it as full")
+        raise ValueError("no run in this mixture has adapted a matrix; give --save full")
     parameters = dict(shared.model.named_parameters())
     tensors = {
         f"{PREFIX}{_in_peft(name, modules)}": mixture(name, parameters[name].data, changes, weights)

@@ -13,7 +13,7 @@ from .common import header, make_folder, open_in_order, write_text
 from .progress import AnalysisProgress, Silent
 from .report import soup_report
 from .rows import Evaluation, RowSet, selection_and_report
-from .saved import names_of
+from .saved import SavedRun, names_of
 from .shared import SharedModel, check_precision
 from .soup import STEPS, ensemble_logits, greedy_soup, uniform_soup
 from .soup_files import check_free, save_full, save_lora
@@ -65,9 +65,8 @@ def make_soup(
         check_free(output)
     progress = progress or Silent()
     runs, settings = open_in_order(folders, model)
-    full = next((run for run in runs if run.settings.method == "full"), None)
-    if save == "lora" and full is not None:
-        raise ValueError(f"{full.path} was trained fully, which no LoRA holds; save the soup as full")
+    if save == "lora":
+        check_lora(runs)
     chosen, reported = selection_and_report(settings, selection, split, data_dir)
     make_folder(output)
     shared = SharedModel.load(settings, precision=precision)
@@ -128,6 +127,15 @@ def make_soup(
     result["finished"] = True
     write_json(output / "soup.json", result)
     return result
+
+
+def check_lora(runs: Sequence[SavedRun]) -> None:
+    """ValueError where a plain LoRA cannot hold a soup of these runs."""
+    full = next((run for run in runs if run.settings.method == "full"), None)
+    if full is not None:
+        raise ValueError(f"{full.path} was trained fully, which no LoRA holds; give --save full")
+    if all(run.settings.method in ("head", "bitfit") for run in runs):
+        raise ValueError("none of these runs has adapted a matrix, so there is no LoRA; give --save full")
 
 
 def _is_unfinished(output: Path) -> bool:

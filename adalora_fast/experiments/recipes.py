@@ -133,14 +133,22 @@ WITHOUT_MATRICES = (  # methods that adapt none
 PARTS = ("description", "model", "defaults", "tasks", "arms", "grid", "tuning")
 
 
-def recipe_for(model: str, task: str) -> str:
-    """The recipe for which none is asked for."""
+def recipe_for(model: str | None, task: str) -> str:
+    """The recipe where none is asked for."""
     if task == "wmt16_ro_en":
         return "thesis-enro"
     squad = task in ("squad", "squad_v2")
     if model == "minilm":
         return "minilm-squad" if squad else "minilm-glue"
     return "study-table2" if squad else "study-table1"
+
+
+def model_of(content: dict[str, Any], name: str) -> str:
+    """The model that a recipe is for; ValueError where it names none."""
+    model = content.get("model")
+    if not isinstance(model, str) or not model:
+        raise ValueError(f"recipe {name} names no model; give --model")
+    return model
 
 
 def load_recipe(name: str, task: str, arm: str = "sensitivity", **overrides: object) -> Recipe:
@@ -199,7 +207,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """{"epochs": 5, ...} of "epochs=5", ...: numbers are numbers, none is None.
+    """{"epochs": 5, ...} of "epochs=5", ...: numbers are numbers, null is None.
 
     Raises:
         ValueError: no such setting, or nothing after the equals sign.

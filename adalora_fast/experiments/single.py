@@ -11,7 +11,7 @@ from .bottleneck import check_bottlenecks
 from .fusion import open_sources
 from .models import resolve_model
 from .progress import TrainingProgress
-from .recipes import load_recipe, recipe_for
+from .recipes import load_recipe, model_of, read_recipe, recipe_for
 from .runs import RunSettings, is_main_process, open_run
 from .tasks import get_task
 
@@ -19,7 +19,7 @@ from .tasks import get_task
 def run_single(
     *,
     task_name: str,
-    model: str,
+    model: str | None,
     data_dir: Path | None,
     output: Path | None,
     recipe: str | None,
@@ -28,16 +28,17 @@ def run_single(
     console: Console,
 ) -> dict[str, Any]:
     """Train and evaluate once; return result.json. `overrides` go into the recipe, `options` into the
-    settings.
+    settings; without a `model` it is the recipe's.
     """
     task = get_task(task_name)
+    recipe = recipe or recipe_for(model, task.name)
+    model = model or model_of(read_recipe(recipe), recipe)
     settings = RunSettings(
         task=task.name,
         model=whole_path(model),
         data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
         **options,
     )
-    recipe = recipe or recipe_for(model, task.name)
     settings = replace(settings, recipe=load_recipe(recipe, task.name, settings.arm, **overrides))
     check_score(settings)
     check_bottlenecks(settings)

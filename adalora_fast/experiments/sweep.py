@@ -28,11 +28,11 @@ from .arms import parse_arm
 from .bottleneck import check_bottlenecks
 from .models import resolve_model
 from .progress import TrainingProgress
-from .recipes import read_recipe, recipe_of
+from .recipes import model_of, read_recipe, recipe_of
 from .runs import RunFolder, RunSettings, first_difference, open_run, read_json, read_object
 from .single import start_run, whole_path
 from .tasks import get_task
-from .tuning import Tuning
+from .tuning import Tuning, diverged
 
 MARGIN = 0.3  # points within which two arms count as equivalent
 WAIT_SECONDS = 5
@@ -58,6 +58,11 @@ class Planned:
     @property
     def folder(self) -> RunFolder:
         return open_run(self.path, self.settings)
+
+    @property
+    def is_settled(self) -> bool:
+        """Complete, or a run of the tuning that diverged: what it has to say of its rate is said."""
+        return self.folder.is_complete or (self.settings.held_out > 0 and diverged(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +177,7 @@ def make_plan(
             raise ValueError(f"the {name} {', '.join(map(str, values))} name one twice; give each once")
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in parts["seeds"]):
         raise ValueError(f"seeds {parts['seeds']!r} are not all integers; correct them")
-    model = model or content.get("model")
-    if not isinstance(model, str) or not model:
-        raise ValueError(f"recipe {recipe} names no model; give --model")
+    model = model or model_of(content, recipe)
     for name in overrides or {}:
         settings = content.get("arms", {})
         own = [
@@ -279,7 +282,7 @@ def check_data(plan: Plan, task: str) -> None:
 def carry_out(runs: list[Planned], console: Console, *, ray: str | None = None, title: str = "sweep") -> int:
     """Run what is not complete yet; the number of failures, each of which is written beside its run."""
     began = time.time()
-    left = [run for run in runs if not run.folder.is_complete]
+    left = [run for run in runs if not run.is_settled]
     done = len(runs) - len(left)
     console.print(f"{title}: {len(runs)} runs, {done} of them complete already", highlight=False)
     if not left:
@@ -291,7 +294,7 @@ def carry_out(runs: list[Planned], console: Console, *, ray: str | None = None, 
     else:
         with TrainingProgress(runs=len(left), console=console) as progress:
             one_by_one(left, lambda run: start_run(run.settings, run.path, progress), progress, began)
-    failures = [run for run in left if not run.folder.is_complete]
+    failures = [run for run in left if not run.is_settled]
     for run in failures:
         reason = read_object(run.failure).get("error") if run.failure.is_file() else "not finished"
         console.print(f"failed: {run.name}: {reason}", highlight=False, markup=False, soft_wrap=True)

@@ -90,7 +90,7 @@ class Tuning:
                 scores = {}
                 for rate in sorted(self.rates(arm)):
                     folders = [runs[task, arm, rate, seed] for seed in self.seeds]
-                    if any(_diverged(folder) for folder in folders):
+                    if any(diverged(folder) for folder in folders):
                         continue
                     missing = [folder for folder in folders if not (folder / "result.json").is_file()]
                     if missing:
@@ -114,7 +114,7 @@ class Tuning:
         return {task: {arm: tuned[task][arm]["learning_rate"] for arm in arms} for task in tasks}
 
 
-def _diverged(folder: Path) -> bool:
+def diverged(folder: Path) -> bool:
     """Whether this run failed because its numbers were no longer finite."""
     failure = folder.with_name(f"{folder.name}.failed.json")
     return failure.is_file() and "diverged" in str(read_object(failure).get("error"))

@@ -191,7 +191,7 @@ def test_an_interrupted_one_is_begun_anew(runs, tmp_path, monkeypatch):
 
 def test_a_form_that_fails_leaves_the_folder_to_another(runs, tmp_path):
     folders = [runs["head"], runs["bitfit"]]
-    with pytest.raises(ValueError, match="save it as full"):
+    with pytest.raises(ValueError, match="give --save full"):
         make_soup(folders, tmp_path / "soup")
     assert make_soup(folders, tmp_path / "soup", save="full")["saved"]["form"] == "full"
     with pytest.raises(ValueError, match="not an empty folder"):

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from scipy import stats
 
 from adalora_fast.experiments.metrics import METRICS
 from adalora_fast.experiments.metrics.bootstrap import draw_counts
@@ -33,7 +34,7 @@ def compared(tmp_path_factory):
 def test_a_planted_difference_is_found(compared, task):
     contrast = compared[1].between(task, "worse", "sensitivity")
     e = contrast.estimate
-    assert e.low < e.value < e.high < 0 and contrast.excludes_zero
+    assert e.low < e.value < e.high < 0 and e.excludes_zero
     assert e.value == pytest.approx(-6, abs=1.5)
     assert contrast.verdict == "differs" and contrast.holm_p < 0.05 and contrast.seeds == 3
 
@@ -122,7 +123,8 @@ def test_the_bootstrap_against_a_loop(tmp_path, task):
     sweep = read_sweep(tmp_path)
     contrasts = compare_all(sweep, 25)
     assert contrasts.remarks == ()
-    found = contrasts.between(task, "fisher", "sensitivity").estimate
+    estimate = contrasts.between(task, "fisher", "sensitivity").estimate
+    found = estimate.bootstrap
     expected = literal(sweep, task, ("fisher", "sensitivity"), 25)
     assert (found.low, found.low90, found.high90, found.high) == pytest.approx(
         np.quantile(expected, [0.025, 0.05, 0.95, 0.975]), abs=1e-8
@@ -130,7 +132,32 @@ def test_the_bootstrap_against_a_loop(tmp_path, task):
     tail = min((expected <= 1e-9).sum(), (expected >= -1e-9).sum())
     assert found.p == min(1, 2 * (tail + 1) / 26)
     means = [np.mean([sweep.runs[task, arm, s].points for s in SEEDS]) for arm in ("fisher", "sensitivity")]
-    assert found.value == pytest.approx(means[0] - means[1])
+    assert estimate.value == pytest.approx(means[0] - means[1])
+    runs = [[sweep.runs[task, arm, s].points for s in SEEDS] for arm in ("fisher", "sensitivity")]
+    assert stats.ttest_rel(*runs).pvalue < estimate.student.p < 1  # the examples' chance is in it, too
+
+
+def test_the_spread_of_all_pairs_counts_for_each(compared):
+    """A pair whose seeds happen to agree is not taken for surer than its family."""
+    sweep, contrasts = compared
+    points = {
+        arm: np.array([sweep.runs["mrpc", arm, s].points for s in SEEDS]) for arm in ("sensitivity", "worse")
+    }
+    own = np.var(points["worse"] - points["sensitivity"], ddof=1)
+    pooled = 2 * own / 3  # twin is sensitivity again, so two pairs are this one and the third has no spread
+    assert max(own, pooled) == own
+    found = contrasts.between("mrpc", "worse", "sensitivity").estimate
+    half = found.student.high - found.value
+    error = (own / 3 + measured_examples(sweep)) ** 0.5
+    dof = error**4 * 4 / (own / 3) ** 2  # three arms and three seeds: 2 x 2
+    assert half == pytest.approx(stats.t.ppf(0.975, dof) * error)
+
+
+def measured_examples(sweep):
+    """Of worse - sensitivity on MRPC: the variance over resamples of the mean over seeds."""
+    values = task_replicates(sweep, "mrpc", 1000).values
+    differences = [values["worse", s] - values["sensitivity", s] for s in SEEDS]
+    return np.var(np.mean(differences, axis=0), ddof=1)
 
 
 def test_only_seeds_that_both_arms_have_enter(tmp_path):

@@ -118,15 +118,18 @@ def test_results(reported):
     assert (
         "(2 of 3 seeds)" in lines["uniform"] and lines["sensitivity"].count("–") == 2
     )  # CoLA and the average
-    assert "MRPC: a tie of sensitivity, fisher." in text and "**" not in text  # equal arms: neither in bold
+    assert "MRPC: sensitivity, and fisher." in text and "**" not in text  # equal arms: neither in bold
     assert "average over the 3 tasks here (3 of GLUE's 8)" in head and "GLUE averages" not in text
 
 
 def test_contrasts_and_nulls(reported):
     text = reported[1]["report.md"].read_text()
     contrasts = section(text, "Pairwise contrasts")
-    assert "300 replicates" in contrasts and "With 2 seeds" in contrasts and "4 ways only" in contrasts
-    assert re.search(r"\| MRPC \| fisher − sensitivity \| equivalent within ±0.3 \| 3 \| 0.00 \|", contrasts)
+    assert "300 replicates" in contrasts and "**2 seeds are few" in contrasts
+    assert re.search(
+        r"\| MRPC \| fisher − sensitivity \| equivalent within ±0.3 \(90 %: 0.00 to 0.00\) \| 3 \| 0.00 \|",
+        contrasts,
+    )
     nulls = section(text, "Scores against uniform, random and plain LoRA")
     assert "Not in the plan: random." in nulls and "| MRPC | fisher |" in nulls
 
@@ -139,7 +142,7 @@ def test_ranks_and_costs(reported):
     assert "|  | sensitivity | fisher |" in agreement and "CoLA" not in agreement
     assert "| CoLA | head | 12,345 | – | 40 | 10 | 12 |" in section(text, "Parameters and time")
     again = section(text, "How to make it again")
-    assert "adalora-fast sweep --recipe tiny\nadalora-fast report out\n" in again
+    assert "adalora-fast sweep --recipe tiny\nadalora-fast report runs/tiny\n" in again
 
 
 def test_csv_files(reported):

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t, ttest_1samp
 
 from adalora_fast.experiments.report.published import (
     COLUMNS,
@@ -13,13 +14,16 @@ from adalora_fast.experiments.report.published import (
 )
 from adalora_fast.experiments.report.rank_maps import chance_overlap, overlap, spearman, stability
 from adalora_fast.experiments.report.statistics import (
+    Bounds,
     Difference,
-    difference,
     holm,
     mean_std,
     paired_replicates,
+    percentiles,
+    pooled_variance,
     replicates_for,
     seed_weights,
+    student,
     verdict,
 )
 
@@ -58,19 +62,72 @@ def test_paired_replicates_against_a_loop():
 def test_equal_runs_that_differ_in_the_last_bit_are_equal():
     a = np.full((3, 100), 81.3)
     drawn = paired_replicates(a, a * (1 + 1e-15), seed_weights(3, 100, np.random.default_rng(0)))
-    assert (drawn == 0).all() and difference(0.0, drawn).p == 1.0
+    assert (drawn == 0).all() and percentiles(drawn).p == 1.0
 
 
-def test_difference():
+def test_percentiles():
     drawn = np.arange(-10.0, 190.0)  # 11 of 200 are <= 0
-    found = difference(90.0, drawn)
-    assert found.value == 90 and found.p == pytest.approx(2 * 12 / 201)
+    found = percentiles(drawn)
+    assert found.p == pytest.approx(2 * 12 / 201)
     assert (found.low, found.high) == tuple(np.quantile(drawn, [0.025, 0.975]))
     assert (found.low90, found.high90) == tuple(np.quantile(drawn, [0.05, 0.95]))
-    turned = difference(-90.0, -drawn)
-    for name in ("value", "low", "high", "low90", "high90", "p"):
+    turned = percentiles(-drawn)
+    for name in ("low", "high", "low90", "high90", "p"):
         assert getattr(-found, name) == pytest.approx(getattr(turned, name))
-    assert difference(1.0, np.ones(1999)).p == 2 / 2000  # never 0
+    assert percentiles(np.ones(1999)).p == 2 / 2000  # never 0
+
+
+def test_student_against_scipy_and_by_hand():
+    seeds = np.array([0.3, 1.1, -0.2, 0.9])
+    theirs = ttest_1samp(seeds, 0)
+    found = student(seeds.mean(), 4, seeds.var(ddof=1), 0.0, 3)
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert (found.low90, found.high90) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
+    # Satterthwaite: SE^2 = 3 / 3 + 1, dof = 2^2 * 2 / 1^2 = 8
+    assert student(2.0, 3, 3.0, 1.0, 2).p == pytest.approx(2 * t.sf(2 / 2**0.5, 8))
+    assert student(1.0, 3, 0.0, 0.25, 2).high == pytest.approx(1 + 0.5 * norm.ppf(0.975))  # examples only
+    assert student(0.0, 3, 0.0, 0.0, 2).p == 1 and student(0.1, 3, 0.0, 0.0, 2).p == 0
+
+
+def test_pooled_variance_is_that_of_the_block_designs_residuals():
+    points = np.random.default_rng(1).normal(size=(4, 3))  # arms, seeds
+    pairs = {(str(a), str(b)): points[b] - points[a] for a, b in itertools.combinations(range(4), 2)}
+    residuals = points - points.mean(1, keepdims=True) - points.mean(0) + points.mean()
+    variance, dof = pooled_variance(pairs)
+    assert dof == 6 and variance == pytest.approx(2 * (residuals**2).sum() / 6)
+    one = {("a", "b"): np.array([1.0, 4.0])}
+    assert pooled_variance(one) == (4.5, 1)  # the pair's own
+    assert pooled_variance({("a", "b"): np.array([1.0])}) == (0.0, 0)
+    assert pooled_variance(one | {("a", "c"): np.array([2.0])}) == (4.5, 1)  # one seed says nothing
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("examples", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("spread", [(1, 1, 1, 1, 1, 1), (2, 1.5, 1, 1, 0.7, 0.4)])
+def test_equal_arms_are_rarely_said_to_differ(seeds, examples, spread):
+    """Six equal arms: Holm's p below 0.05 anywhere in at most about 5 % of families, also where the arms'
+    spreads differ fivefold. `examples` is their chance in units of that of the seeds' mean.
+    """
+    generator, families = np.random.default_rng(0), 400
+    wrong = alone = 0
+    for _ in range(families):
+        noise = generator.normal(size=(6, seeds)) * np.array(spread)[:, None] * (seeds / 2) ** 0.5
+        shared = generator.normal(size=(6, 1)) * examples / 2**0.5  # one development set for all seeds
+        points = noise + shared
+        pairs = {(str(a), str(b)): points[b] - points[a] for a, b in itertools.combinations(range(6), 2)}
+        pooled, dof = pooled_variance(pairs)
+        own = {pair: each.var(ddof=1) for pair, each in pairs.items()}
+        p = [
+            student(each.mean(), seeds, max(own[pair], pooled), examples**2, dof).p
+            for pair, each in pairs.items()
+        ]
+        wrong += min(holm(p)) < 0.05
+        p = [student(each.mean(), seeds, own[pair], examples**2, seeds - 1).p for pair, each in pairs.items()]
+        alone += min(holm(p)) < 0.05
+    assert wrong / families < 0.08
+    if seeds == 3 and examples == 0.5:
+        assert alone / families > 0.12  # why the pair's own variance is not enough
 
 
 def literal_holm(p):
@@ -97,7 +154,20 @@ def test_holm_by_hand():
 
 
 def estimate(low90, high90):
-    return Difference(value=0, low=low90, high=high90, low90=low90, high90=high90, p=0.5)
+    bounds = Bounds(low=low90, high=high90, low90=low90, high90=high90, p=0.5)
+    return Difference(value=0, bootstrap=bounds, student=bounds)
+
+
+def test_a_difference_is_as_uncertain_as_the_more_careful_method_says():
+    a = Bounds(low=0.1, high=2.0, low90=0.3, high90=1.8, p=0.001)
+    b = Bounds(low=-0.2, high=1.5, low90=0.2, high90=1.4, p=0.07)
+    both = Difference(value=1.0, bootstrap=a, student=b)
+    assert (both.low, both.high, both.low90, both.high90, both.p) == (-0.2, 2.0, 0.2, 1.8, 0.07)
+    assert not both.excludes_zero and Difference(value=1.0, bootstrap=a, student=a).excludes_zero
+    assert (-both).low == -2.0 and (-both).student.high == 0.2
+    one_seed = Difference(value=1.0, bootstrap=a, student=None)
+    assert one_seed.p == 0.001 and not one_seed.excludes_zero and (-one_seed).student is None
+    assert verdict(one_seed, 0.001, 0.3) == "not decided"
 
 
 @pytest.mark.parametrize(
@@ -119,22 +189,25 @@ def test_holms_smallest_p_can_be_significant_whatever_the_number_of_arms():
     for arms in (2, 8, 13, 30):
         pairs = arms * (arms - 1) // 2
         assert pairs * 2 / (replicates_for(pairs) + 1) < 0.05
-    assert replicates_for(1) == 2000
+    assert replicates_for(1) == 10_000
 
 
 def test_the_interval_covers_a_known_difference():
-    """Two arms of normal seeds and a shared examples' effect: about 95 % of intervals hold the truth."""
-    generator, held = np.random.default_rng(0), 0
-    for _ in range(200):
-        seeds, replicates = 12, 400
-        shared = generator.normal(size=replicates)
-        effects = generator.normal(1.0, 1.0, size=(seeds, 1))
-        drawn = paired_replicates(
-            shared + effects, np.tile(shared, (seeds, 1)), seed_weights(seeds, replicates, generator)
-        )
-        found = difference(float(effects.mean()), drawn)
-        held += found.low <= 1.0 <= found.high
-    assert 0.86 <= held / 200 <= 0.99
+    """Two arms that differ by 1, with chance of the seeds and of the examples, both of which enter the
+    difference: about 95 % of the bootstrap's intervals hold the truth with many seeds, and of both with few.
+    """
+    for seeds, least in ((12, 0.88), (3, 0.91)):
+        generator, held = np.random.default_rng(0), 0
+        for _ in range(200):
+            replicates, seen = 400, generator.normal(0, 0.3)  # what this development set favours arm a by
+            effects = generator.normal(1.0 + seen, 1.0, size=(seeds, 1))
+            examples = generator.normal(0, 0.3, size=replicates)
+            a, b = effects + examples, np.zeros((seeds, replicates))
+            bounds = percentiles(paired_replicates(a, b, seed_weights(seeds, replicates, generator)))
+            own = student(effects.mean(), seeds, effects.var(ddof=1), (a - b).mean(0).var(ddof=1), seeds - 1)
+            found = Difference(value=effects.mean(), bootstrap=bounds, student=own if seeds == 3 else bounds)
+            held += found.low <= 1.0 <= found.high
+        assert least <= held / 200 <= 0.99
 
 
 # --- rank maps

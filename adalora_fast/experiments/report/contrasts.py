@@ -9,11 +9,13 @@ import numpy as np
 from .replicates import task_replicates
 from .statistics import (
     Difference,
-    difference,
     holm,
     paired_replicates,
+    percentiles,
+    pooled_variance,
     replicates_for,
     seed_weights,
+    student,
     verdict,
 )
 from .sweep import Sweep
@@ -35,10 +37,16 @@ class Contrast:
     holm_p: float
     verdict: str
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the 95 % interval, which is not corrected for the number of pairs, excludes 0."""
-        return self.estimate.low > 0 or self.estimate.high < 0
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is known of one difference: d_k of every seed [K], replicates d* [B], and the variance of the
+    mean of d_k when only the examples are resampled.
+    """
+
+    seeds: np.ndarray
+    replicates: np.ndarray
+    examples: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +69,12 @@ class Contrasts:
 
 
 def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> Contrasts:
-    """Contrast every two arms of a sweep (see `statistics` for the bootstrap).
+    """Contrast every two arms of a sweep (see `statistics` for the methods).
 
     Only seeds that both arms have enter. `replicates` of None takes as many as Holm's correction needs.
-    The average over tasks takes the arms that are complete everywhere; seeds and examples are drawn anew
-    for every task, because the tasks share neither.
+    The average over tasks takes the arms that are complete everywhere. Its bootstrap draws seeds and examples
+    anew for every task, as if runs of one seed on two tasks had nothing in common; its t takes each seed's
+    average over the tasks, and supposes nothing.
     """
     arms = sweep.plan.ordered_arms
     if replicates is None:
@@ -73,45 +82,68 @@ def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> C
     found: list[Contrast] = []
     remarks: list[str] = []
     whole = set(sweep.whole_arms())
-    sums = {pair: np.zeros(replicates) for pair in combinations(arms, 2) if whole.issuperset(pair)}
-    values = dict.fromkeys(sums, 0.0)
+    parts: dict[tuple[str, str], list[Measured]] = {
+        pair: [] for pair in combinations(arms, 2) if whole.issuperset(pair)
+    }
     for task in sweep.plan.tasks:
         measured = task_replicates(sweep, task, replicates, seed)
         remarks.extend(measured.remarks)
-        compared = {}
+        compared: dict[tuple[str, str], Measured] = {}
         for earlier, later in combinations(arms, 2):
             seeds = [s for s in sweep.plan.seeds if {(earlier, s), (later, s)} <= measured.values.keys()]
             if seeds:
                 generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(task.encode())]))
                 a, b = (np.stack([measured.values[arm, s] for s in seeds]) for arm in (later, earlier))
-                drawn = paired_replicates(a, b, seed_weights(len(seeds), replicates, generator))
                 mine, theirs = ([sweep.runs[task, arm, s].points for s in seeds] for arm in (later, earlier))
-                value = float(np.mean(mine) - np.mean(theirs))
-                compared[earlier, later] = (value, drawn, len(seeds))
-        for pair in list(sums):
-            if pair not in compared or compared[pair][2] < len(sweep.plan.seeds):
-                del sums[pair], values[pair]  # predictions are missing somewhere
-                continue
-            sums[pair] += compared[pair][1] / len(sweep.plan.tasks)
-            values[pair] += compared[pair][0] / len(sweep.plan.tasks)
+                compared[earlier, later] = Measured(
+                    seeds=np.subtract(mine, theirs),
+                    replicates=paired_replicates(a, b, seed_weights(len(seeds), replicates, generator)),
+                    examples=float(np.var(np.round((a - b).mean(axis=0), 9), ddof=1)),
+                )
+        for pair in list(parts):
+            if pair not in compared or len(compared[pair].seeds) < len(sweep.plan.seeds):
+                del parts[pair]  # predictions are missing somewhere
+            else:
+                parts[pair].append(compared[pair])
         found.extend(_family(task, compared, sweep.plan.margin))
     if len(sweep.plan.tasks) > 1:
-        average = {pair: (values[pair], np.round(sums[pair], 9), len(sweep.plan.seeds)) for pair in sums}
-        found.extend(_family(AVERAGE, average, sweep.plan.margin))
+        averaged = {pair: _average(measured) for pair, measured in parts.items()}
+        found.extend(_family(AVERAGE, averaged, sweep.plan.margin))
     return Contrasts(all=tuple(found), replicates=replicates, remarks=tuple(remarks))
 
 
-def _family(
-    task: str, compared: dict[tuple[str, str], tuple[float, np.ndarray, int]], margin: float
-) -> list[Contrast]:
-    estimates = {pair: difference(value, drawn) for pair, (value, drawn, _) in compared.items()}
+def _average(measured: list[Measured]) -> Measured:
+    """Of the same arms and seeds over the tasks."""
+    return Measured(
+        seeds=np.mean([part.seeds for part in measured], axis=0),
+        replicates=np.round(np.mean([part.replicates for part in measured], axis=0), 9),
+        examples=sum(part.examples for part in measured) / len(measured) ** 2,
+    )
+
+
+def _family(task: str, compared: dict[tuple[str, str], Measured], margin: float) -> list[Contrast]:
+    pooled, dof = pooled_variance({pair: measured.seeds for pair, measured in compared.items()})
+    estimates = {}
+    for pair, measured in compared.items():
+        value = float(measured.seeds.mean())
+        own = float(np.var(measured.seeds, ddof=1)) if len(measured.seeds) > 1 else 0.0
+        same = not measured.seeds.any() and not measured.replicates.any()  # in every prediction
+        estimates[pair] = Difference(
+            value=value,
+            bootstrap=percentiles(measured.replicates),
+            student=student(
+                value, len(measured.seeds), 0.0 if same else max(own, pooled), measured.examples, dof
+            )
+            if dof
+            else None,
+        )
     corrected = holm([estimate.p for estimate in estimates.values()])
     return [
         Contrast(
             task=task,
             a=later,
             b=earlier,
-            seeds=compared[earlier, later][2],
+            seeds=len(compared[earlier, later].seeds),
             estimate=estimate,
             holm_p=p,
             verdict=verdict(estimate, p, margin),
@@ -133,12 +165,16 @@ def _turned(contrast: Contrast) -> Contrast:
 
 
 def best_of(contrasts: Contrasts, task: str, means: dict[str, float]) -> list[str]:
-    """The arm with the highest mean alone, where the 95 % interval of its lead over the second excludes 0;
-    else with all that tie with it: the interval of their difference from it holds 0, or there is none.
+    """The arm with the highest mean, and all that are not told apart from it: the 95 % interval of their
+    difference from it holds 0, or there is none.
     """
     order = sorted(means, key=lambda arm: -means[arm])
     against = [contrasts.between(task, order[0], arm) for arm in order[1:]]
-    if against and against[0] is not None and against[0].excludes_zero:
-        return order[:1]
-    tied = [arm for arm, c in zip(order[1:], against, strict=True) if c is None or not c.excludes_zero]
-    return [*order[:1], *tied]
+    return [
+        *order[:1],
+        *(
+            arm
+            for arm, c in zip(order[1:], against, strict=True)
+            if c is None or not c.estimate.excludes_zero
+        ),
+    ]

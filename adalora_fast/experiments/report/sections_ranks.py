@@ -58,7 +58,8 @@ def rank_agreement(sweep: Sweep) -> str:
     if not parts:
         return "Fewer than two arms have ranks that vary."
     head = (
-        "Spearman's correlation between the arms' final ranks, averaged over seeds before they are compared."
+        "Spearman's correlation between the arms' final ranks, averaged over the same seeds before they are "
+        "compared. It is not on the scale of the table above, which compares single seeds with one another."
     )
     if any(np.isnan(table).any() for table in tables):
         head += " –: the arms adapt different matrices, or the mean ranks of one are all equal."

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 
-from ..tasks import get_task
 from .cells import (
     averages,
     checkpoint_cell,
@@ -15,9 +14,10 @@ from .cells import (
 from .contrasts import AVERAGE, Contrast, Contrasts
 from .published import CONVENTIONS, PublishedTable, published_tables
 from .statistics import DIFFERS
-from .sweep import NULLS, Sweep
+from .sweep import NULLS, Run, Sweep
 from .tables import average_heading, markdown, metric_name, task_heading, task_name, winners
 
+CLUSTERED = ("mnli", "qnli", "squad", "squad_v2")  # several examples about one premise or passage
 FOLDED = 12  # rows from which a table is folded away
 
 
@@ -38,7 +38,7 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
         ])  # fmt: skip
     note = (
         f"At the end of training, in points: mean ± standard deviation (n − 1) over {len(sweep.plan.seeds)} "
-        "seed(s). Bold: the 95 % interval of the lead over the second arm excludes 0 (not corrected for the "
+        "seed(s). Bold: the 95 % interval of the lead over every other arm excludes 0 (not corrected for the "
         "number of arms; the corrected comparisons are below)."
     )
     if several:
@@ -49,13 +49,16 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
 
 def _ties(best: dict[str, list[str]]) -> str:
     lines = [
-        f"- {task_name(task)}: a tie of {', '.join(arms)}." for task, arms in best.items() if len(arms) > 1
+        f"- {task_name(task)}: {arms[0]}, and {', '.join(arms[1:])}."
+        for task, arms in best.items()
+        if len(arms) > 1
     ]
     if not lines:
         return ""
     return "\n".join(
         [
-            "Where no arm leads beyond chance (its interval against the best holds 0, or there is none):",
+            "No arm leads beyond chance here: the highest mean, and the arms that the 95 % interval (not "
+            "corrected) does not tell apart from it, which is not to say that they are alike:",
             "",
             *lines,
         ]
@@ -108,8 +111,19 @@ def checkpoints(sweep: Sweep) -> str:
         "flatters every arm; papers often report this. Before the final mask an AdaLoRA model also holds "
         "more than its final budget. The contrasts below are of the end of training."
     )
+    ends = [_ends_best(run) for run in sweep.runs.values()]
+    if all(ends):
+        note += (
+            " Every run is best at its last epoch: this table repeats the one above, nothing is flattered, "
+            "and training may have been too short for all or some arms."
+        )
     head = ["arm", *(task_heading(sweep, task) for task in sweep.plan.tasks)]
     return f"{markdown(head, rows)}\n\n{note}"
+
+
+def _ends_best(run: Run) -> bool:
+    best = run.result.get("best_epoch")
+    return not best or 100 * best["primary"] <= run.points
 
 
 def beside_published(sweep: Sweep) -> str:
@@ -177,39 +191,42 @@ def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
     margin = sweep.plan.margin
     pairs = len(sweep.plan.arms) * (len(sweep.plan.arms) - 1) // 2
     text = (
-        f"Differences are in points of the primary metric at the end of training. Intervals and p come from "
-        f"{contrasts.replicates:,} replicates of a hierarchical paired bootstrap: each draws seeds with "
-        "replacement, and one resample of the development set that all arms and seeds of the replicate share "
-        "(all runs are evaluated on the same examples, so seeds and examples are crossed). Seeds are paired: "
-        "the same initial head and order of the data; only seeds that both arms have enter. p is two-sided; "
-        f"Holm's correction is over the (up to) {pairs} pairs of a task, and over those of the average. "
-        f"Verdicts: *differs* where Holm's p < {DIFFERS:g}; *equivalent within ±{margin:g}* where the 90 % "
-        "interval lies inside (two one-sided tests at 5 %); otherwise *not decided*, which says that the "
-        "data are too few, not that the arms are alike."
+        "Differences are in points of the primary metric at the end of training. Seeds are paired: the same "
+        "initial head and order of the data; only seeds that both arms have enter. Intervals and p are the "
+        "wider and the larger of two methods. (1) A hierarchical paired bootstrap with "
+        f"{contrasts.replicates:,} replicates: each draws seeds with replacement, and one resample of the "
+        "development set that all arms and seeds of the replicate share (all runs are evaluated on the same "
+        "examples, so seeds and examples are crossed). (2) Student's t, because a few seeds cannot be "
+        "resampled to more than they are: the seeds' variance is the pair's own or that of all pairs pooled, "
+        "whichever is larger, and the examples' variance is the bootstrap's. contrasts.csv has both. For the "
+        "average over tasks the bootstrap draws each task on its own, and t takes each seed's average; it "
+        "speaks of these tasks, not of others. p is two-sided; Holm's correction is over the (up to) "
+        f"{pairs} pairs of a task, and over those of the average. Verdicts: *differs* where Holm's p < "
+        f"{DIFFERS:g}; *equivalent within ±{margin:g}* where the 90 % interval, which is then given, lies "
+        "inside (two one-sided tests at 5 %, not corrected for their number); otherwise *not decided*: too "
+        "few data, or too spread ones, to say either; not that the arms are alike."
     )
     if sweep.plan.tuning is None:
         text += (
             "\n\nLearning rates were not tuned per arm: all arms of a task have one setting, but for what "
-            "the recipe says of an arm itself. An arm that needs another rate, plain LoRA among them, loses "
-            "by that."
+            "the recipe says of an arm itself (learning rate or scale). An arm that needs another rate loses "
+            "by that, and one that has a setting of its own may gain by it."
         )
-    if any(get_task(task).kind == "question_answering" for task in sweep.plan.tasks):
+    clustered = [task_name(task) for task in sweep.plan.tasks if task in CLUSTERED]
+    if clustered:
         text += (
-            "\n\nQuestions about one passage are taken as independent, which they are not quite: intervals "
-            "on SQuAD are somewhat too narrow."
+            "\n\nExamples about one passage or premise are taken as independent, which they are not quite: "
+            f"intervals on {', '.join(clustered)} are somewhat too narrow."
         )
     if seeds == 1:
         text += (
             "\n\n**One seed: the intervals hold the chance of the examples only, not that of the training, "
-            "and are too narrow to say which arm is better.**"
+            "and nothing is decided.**"
         )
-    elif seeds < 10:
-        short = ((seeds - 1) / seeds) ** 0.5
+    elif seeds < 5:
         text += (
-            f"\n\n**With {seeds} seeds, the fewest of a comparison here, intervals are rough: they can be "
-            f"drawn in {seeds**seeds:,} ways only, and their spread is taken {1 - short:.0%} too small on "
-            "average. "
-            "Read borderline verdicts as undecided.**"
+            f"\n\n**{seeds} seeds are few: the seeds' variance is known only as far as all arms have about "
+            "the same, and only large differences can be told from chance.**"
         )
     return text
 
@@ -263,7 +280,15 @@ def against_nulls(sweep: Sweep, contrasts: Contrasts) -> str:
 
 def _brief(contrast: Contrast) -> str:
     e = contrast.estimate
-    return f"{signed(e.value)} ({signed(e.low)} to {signed(e.high)}): {contrast.verdict}"
+    return f"{signed(e.value)} ({signed(e.low)} to {signed(e.high)}): {_verdict(contrast)}"
+
+
+def _verdict(contrast: Contrast) -> str:
+    """With the 90 % interval where it says that two arms are alike."""
+    e = contrast.estimate
+    if contrast.verdict in ("differs", "not decided"):
+        return contrast.verdict
+    return f"{contrast.verdict} (90 %: {signed(e.low90)} to {signed(e.high90)})"
 
 
 def signed(value: float) -> str:
@@ -277,7 +302,7 @@ def contrast_table(found: list[Contrast]) -> str:
     for contrast in found:
         e = contrast.estimate
         rows.append((
-            task_name(contrast.task), f"{contrast.a} − {contrast.b}", contrast.verdict, contrast.seeds,
+            task_name(contrast.task), f"{contrast.a} − {contrast.b}", _verdict(contrast), contrast.seeds,
             signed(e.value), f"{signed(e.low)} to {signed(e.high)}",
             probability(e.p), probability(contrast.holm_p),
         ))  # fmt: skip

@@ -1,8 +1,11 @@
 """The report's words about what was run, what is missing, and how to make it again."""
 
+import shlex
+from datetime import datetime
 from typing import Any
 
-from .sweep import Run, Sweep, commands_of, distinct
+from ..tuning import Tuning
+from .sweep import Run, Sweep, commands_of, distinct, output_of
 from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
@@ -54,7 +57,34 @@ def what_was_run(sweep: Sweep) -> str:
         + "."
         for entry in plan.amended
     ]
+    parts.append(_beside_the_plan(sweep))
     return "\n\n".join(filter(None, parts))
+
+
+def _beside_the_plan(sweep: Sweep) -> str:
+    """What of the recipe's grid was not planned, and which runs are older than the plan."""
+    plan, lines = sweep.plan, []
+    left = {
+        name: [value for value in (plan.recipe.get("grid") or {}).get(name) or [] if value not in own]
+        for name, own in (("tasks", plan.tasks), ("arms", plan.arms), ("seeds", plan.seeds))
+    }
+    if any(left.values()):
+        absent = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in left.items() if values)
+        lines.append(f"Of the recipe's grid, the plan leaves out: {absent}.")
+    written = plan.environment.get("started")
+    older = [
+        f"{run.task}/{run.folder.name}"
+        for run in sweep.runs.values()
+        if isinstance(written, str)
+        and isinstance(run.environment.get("started"), str)
+        and datetime.fromisoformat(run.environment["started"]) < datetime.fromisoformat(written)
+    ]
+    if older:
+        lines.append(
+            f"Begun before plan.json was written ({written}), so not planned by it: "
+            f"{', '.join(sorted(older))}."
+        )
+    return "\n\n".join(lines)
 
 
 def _machine(environment: dict[str, Any]) -> str:
@@ -98,23 +128,25 @@ def _settings(sweep: Sweep) -> str:
 
 
 def _tuning(sweep: Sweep) -> str:
-    tuning, chosen = sweep.plan.tuning, sweep.tuned or {}
-    rates = list(tuning.get("learning_rates") or [])
+    tuning, chosen = Tuning.of(sweep.plan.tuning), sweep.tuned or {}
+    own = {arm: tuning.rates(arm) for arm in sweep.plan.arms}
+    others = [f"{_listed(rates)} for {arm}" for arm, rates in own.items() if rates != tuning.learning_rates]
     lines = [
-        f"Every arm's learning rate was chosen from {', '.join(f'{rate:g}' for rate in rates)} on "
-        f"{tuning.get('held_out', 0):.0%} of the training data, which was held out, with "
-        f"{len(tuning.get('seeds') or [])} seed(s); the development set had no part in it."
+        f"Every arm's learning rate was chosen from {_listed(tuning.learning_rates)}"
+        + (f" ({'; '.join(others)})" if others else "")
+        + f" on {tuning.held_out:.0%} of the training data, which was held out, with "
+        f"{len(tuning.seeds)} seed(s); the development set had no part in it."
     ]
     if not chosen:
         return lines[0] + " tuned.json is not there yet."
     rows = [(arm, *(_chosen(chosen, task, arm) for task in sweep.plan.tasks)) for arm in sweep.plan.arms]
     lines.append(markdown(("arm", *map(task_name, sweep.plan.tasks)), rows))
-    ends = {min(rates), max(rates)} if len(rates) > 1 else set()
     edges = [
         f"{arm} on {task_name(task)}"
         for task in sweep.plan.tasks
         for arm in sweep.plan.arms
-        if ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate") in ends
+        if len(own[arm]) > 1
+        and ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate") in (min(own[arm]), max(own[arm]))
     ]
     if edges:
         lines.append(
@@ -123,6 +155,10 @@ def _tuning(sweep: Sweep) -> str:
             + "."
         )
     return "\n\n".join(lines)
+
+
+def _listed(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _chosen(chosen: dict[str, Any], task: str, arm: str) -> str:
@@ -164,7 +200,7 @@ def costs(sweep: Sweep) -> str:
                 rows.append((
                     task_name(task), arm,
                     *(_values(runs, name) for name in ("trainable_parameters", "total_rank", "steps")),
-                    f"{_mean(runs, 'train_seconds'):,.0f}", f"{_mean(runs, 'seconds'):,.0f}",
+                    _mean(runs, "train_seconds"), _mean(runs, "seconds"),
                 ))  # fmt: skip
     head = ("task", "arm", "parameters trained", "total rank", "steps", "training, s", "whole run, s")
     note = (
@@ -173,7 +209,7 @@ def costs(sweep: Sweep) -> str:
     )
     resumed = sum(bool(run.result.get("resumed")) for run in sweep.runs.values())
     if resumed:
-        note += f"; {resumed} run(s) were resumed, and their seconds are those of the last part only"
+        note += f"; {resumed} run(s) were resumed, and their seconds, those of the last part, are left out"
     return markdown(head, rows, left=2) + f"\n\n{note}." if rows else "No run is complete."
 
 
@@ -182,11 +218,12 @@ def _values(runs: list[Run], key: str) -> str:
     return ", ".join("–" if not value else f"{value:,}" for value in values)
 
 
-def _mean(runs: list[Run], key: str) -> float:
-    return sum(run.result[key] for run in runs) / len(runs)
+def _mean(runs: list[Run], key: str) -> str:
+    values = [run.result[key] for run in runs if not run.result.get("resumed")]
+    return f"{sum(values) / len(values):,.0f}" if values else "–"
 
 
 def commands(sweep: Sweep) -> str:
     lines = commands_of(sweep)
-    own = f"adalora-fast report {sweep.folder.name}"
+    own = f"adalora-fast report {shlex.quote(output_of(sweep))}"
     return "```bash\n" + "\n".join([*lines, own]) + "\n```"

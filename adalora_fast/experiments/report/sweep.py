@@ -194,6 +194,18 @@ def commands_of(sweep: Sweep) -> list[str]:
     return list(dict.fromkeys(line.replace("__main__.py", "python -m adalora_fast", 1) for line in lines))
 
 
+def output_of(sweep: Sweep) -> str:
+    """Where the sweep's command put it, as it was typed."""
+    for line in commands_of(sweep):
+        words = shlex.split(line)
+        for place, word in enumerate(words):
+            if word == "--output" and place + 1 < len(words):
+                return words[place + 1]
+            if word.startswith("--output="):
+                return word.removeprefix("--output=")
+    return f"runs/{sweep.plan.name}"
+
+
 def distinct(values: Iterable[Any]) -> str:
     """One value, or the distinct ones in the order in which they come."""
     return ", ".join(

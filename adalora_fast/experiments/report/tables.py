@@ -8,6 +8,7 @@ from typing import Any
 from .cells import Cell, averages, checkpoint_cell, metric_names, primary_cell
 from .contrasts import Contrasts, best_of
 from .published import GLUE_TASKS
+from .statistics import Difference
 from .sweep import Sweep
 
 NAMES = {
@@ -135,11 +136,22 @@ def contrast_rows(contrasts: Contrasts) -> list[dict[str, Any]]:
             "difference": _rounded(contrast.estimate.value),
             "low_95": _rounded(contrast.estimate.low), "high_95": _rounded(contrast.estimate.high),
             "low_90": _rounded(contrast.estimate.low90), "high_90": _rounded(contrast.estimate.high90),
+            **_by_method(contrast.estimate),
             "p": _rounded(contrast.estimate.p, 6), "holm_p": _rounded(contrast.holm_p, 6),
             "verdict": contrast.verdict,
         }
         for contrast in contrasts.all
     ]  # fmt: skip
+
+
+def _by_method(estimate: Difference) -> dict[str, Any]:
+    """What either method says; intervals and p beside are those of both."""
+    found = {}
+    for name, bounds in (("bootstrap", estimate.bootstrap), ("t", estimate.student)):
+        for key in ("low", "high", "p"):
+            value = None if bounds is None else getattr(bounds, key)
+            found[f"{name}_{key}" if key == "p" else f"{name}_{key}_95"] = _rounded(value, 6)
+    return found
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:
