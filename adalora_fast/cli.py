@@ -53,7 +53,7 @@ class Train:
     """mrpc, sst2, cola, rte, qnli, qqp, wnli, stsb, mnli, squad, squad_v2 or wmt16_ro_en."""
     model: str | None = None
     """minilm (the packaged encoder), the path of a local folder, or a name on the hub (default: the
-    recipe's; without a recipe microsoft/deberta-v3-base).
+    recipe's).
     """
     data_dir: Path | None = None
     """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else the hub)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adalora_fast import cli
+from adalora_fast.experiments import single
 from tests.experiments.tiny import save_encoder, write_parquet, write_sst2
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,24 @@ def test_train_again_and_report(capsys, here):
     assert (here / "out" / "result.json").stat().st_mtime_ns == before
     code, out, err = run(capsys, ["report", "."])
     assert code == 0 and "fisher" in out and f"{result['primary']:.3f}" in out and err == ""
+
+
+def test_the_recipes_model_unless_another_is_named(here, capsys, monkeypatch):
+    """`train --recipe` is of the model that the recipe is for; without either it is DeBERTa-v3-base."""
+    seen = []
+    monkeypatch.setattr(single, "open_run", lambda output, settings: seen.append(settings) or 1 / 0)
+    content = json.loads((here / "recipe.json").read_text()) | {"model": "roberta-base"}
+    (here / "other.json").write_text(json.dumps(content))
+    for flags in (["--recipe", "other.json"], ["--recipe", "other.json", "--model", "minilm"], []):
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["train", "--task", "sst2", "--data-dir", "data", *flags])
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "--task", "wmt16_ro_en", "--data-dir", "data", "--method", "lora"])
+    models = ["roberta-base", "minilm", "microsoft/deberta-v3-base", "facebook/mbart-large-cc25"]
+    assert [settings.model for settings in seen] == models
+    (here / "none.json").write_text(json.dumps({"defaults": {}}))
+    line = refused(capsys, ["train", "--task", "sst2", "--data-dir", "data", "--recipe", "none.json"])
+    assert "recipe none.json names no model; give --model" in line
 
 
 def test_flags_reach_the_run(here, capsys):

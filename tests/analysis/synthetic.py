@@ -37,7 +37,7 @@ def made_up(groups=STUDY, seeds=4, *, within=False, precision="bf16"):
     )
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
     common = {"task": "mrpc", "model": "minilm", "precision": precision, "runs": runs}
-    common["rows"] = {"split": "validation", "rows": 408}
+    common["rows"] = {"split": "validation", "rows": 408, "sample": False}
     cka = np.exp(-distances / 8)
     alphas, paths, gaps = grid(5), [], np.full(cka.shape, np.nan)
     for a, b in combinations(range(len(runs)), 2):

@@ -30,7 +30,7 @@ def soup():
     return {
         "task": "mrpc", "model": "minilm", "precision": "fp32", "selection": "halves",
         "runs": [{"name": "lora-r4-seed0"}, {"name": "full-seed0"}],
-        "rows": {"selection": {"rows": 200}, "report": {"rows": 208}},
+        "rows": {"selection": {"rows": 200, "sample": False}, "report": {"rows": 208, "sample": True}},
         "members": members, "best_member": 1,
         "greedy": {"weights": [0.25, 0.75], **parts}, "uniform": {"weights": [0.5, 0.5], **parts},
         "ensemble": parts,
@@ -94,6 +94,7 @@ def test_a_soup():
     assert cells(text, "best member (full-seed0)")[1:] == ["0.4000", "90.00", "0.5000", "75.00"]
     assert cells(text, "greedy soup")[1:5] == ["0.3000", "95.00", "0.4500", "78.00"]
     assert cells(text, "full-seed0")[1] == "0.75" and cells(text, "lora-r4-seed0")[1] == "0.25"
+    assert "on 200 rows, reported on 208 others (a sample of the official data) (sel" in text
     assert "ranks 4 to 12" in text and "2.00 %" in text and "float32" in text
     assert "Saved" not in soup_report(soup() | {"saved": None})
     assert "full model" in soup_report(soup() | {"saved": {"soup": "greedy", "form": "full"}})

@@ -225,5 +225,5 @@ def test_refused(runs, tmp_path):
         with pytest.raises(ValueError, match=match):
             make_soup(folders, tmp_path / "soup", **options)
         assert not (tmp_path / "soup").exists(), options
-    with pytest.raises(ValueError, match="no run in this mixture has adapted"):
+    with pytest.raises(ValueError, match="none of these runs has adapted a matrix"):
         make_soup([runs["head"]] * 2, tmp_path / "heads")

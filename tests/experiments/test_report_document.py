@@ -331,6 +331,32 @@ def test_tuning(tmp_path):
     assert "a better one may lie beyond, for lora on RTE." in text
 
 
+def test_tuning_with_a_grid_of_an_arms_own(tmp_path):
+    tuning = {"learning_rates": [1e-3, 2e-3], "seeds": [100], "held_out": 0.1, "arms": {"full": [2e-5, 1e-3]}}
+    rates = {"sensitivity": 0.8, "full": 0.8}
+    folder = write_sweep(tmp_path, rates, tasks=["rte"], seeds=[0], plan={"tuning": tuning})
+    chosen = {"sensitivity": {"learning_rate": 1e-3}, "full": {"learning_rate": 2e-5}}
+    write_json(folder / "tuned.json", {"rte": chosen})
+    text = what_was_run(read_sweep(folder))
+    assert "from 0.001, 0.002 (2e-05, 0.001 for full) on 10%" in text
+    assert "may lie beyond, for sensitivity on RTE, full on RTE." in text
+
+
+def test_what_the_plan_left_out_and_did_not_plan(tmp_path):
+    """The reader sees which controls a recipe had, and which runs are older than their plan."""
+    recipe = {"grid": {"tasks": ["rte"], "arms": ["lora", "uniform"], "seeds": [0, 1]}}
+    late = {"recipe": recipe, "environment": {"started": "2027-01-01T00:00:00+00:00"}}
+    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan=late)
+    path = folder / "rte" / "lora-seed0" / "config.json"
+    config = json.loads(path.read_text())
+    config["environment"]["started"] = "2026-12-31T23:59:00+00:00"
+    write_json(path, config)
+    text = what_was_run(read_sweep(folder))
+    assert "the plan leaves out: arms uniform; seeds 1." in text
+    assert "Begun before plan.json was written (2027-01-01T00:00:00+00:00)" in text
+    assert "rte/lora-seed0" in text
+
+
 def test_a_plan_that_grew(tmp_path):
     grown = [{"at": "2026-02-03T00:00:00+00:00", "tasks": [], "arms": ["lora"], "seeds": [3, 4]}]
     folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan={"amended": grown})
