@@ -17,7 +17,7 @@ the mean over seeds when only the examples are resampled. s^2 is the larger of t
 of a seed's difference: the pair's own, and the one pooled over all pairs of the family, which has more
 degrees of freedom (A arms, K seeds: (A-1)(K-1), as of the residuals of a randomised block design); those of
 SE^2 follow Satterthwaite (1946). With the pair's own variance alone, three seeds of six equal arms give a
-false "differs" in up to a quarter of families; with the larger one about as often as Holm allows
+false "differs" in more than 12 % of families; with the larger one about as often as Holm allows
 (`tests/experiments/test_report_statistics.py`).
 """
 
