@@ -10,7 +10,7 @@ from scipy import stats
 
 from adalora_fast.experiments.metrics import METRICS
 from adalora_fast.experiments.metrics.bootstrap import draw_counts
-from adalora_fast.experiments.report.contrasts import AVERAGE, best_of, compare_all
+from adalora_fast.experiments.report.contrasts import AVERAGE, Measured, best_of, compare_all, family
 from adalora_fast.experiments.report.replicates import task_replicates
 from adalora_fast.experiments.report.sweep import read_sweep
 from tests.experiments.sweeps import agreeing, write_json, write_plan, write_run, write_sweep
@@ -137,8 +137,24 @@ def test_the_bootstrap_against_a_loop(tmp_path, task):
     assert stats.ttest_rel(*runs).pvalue < estimate.student.p < 1  # the examples' chance is in it, too
 
 
-def test_the_spread_of_all_pairs_counts_for_each(compared):
-    """A pair whose seeds happen to agree is not taken for surer than its family."""
+def test_a_pair_whose_seeds_agree_is_not_taken_for_surer_than_its_family():
+    seeds = {
+        ("a", "b"): np.array([1.0, 1.0, 1.01]),
+        ("a", "c"): np.array([2.0, 0.0, 1.0]),
+        ("b", "c"): np.array([1.0, -1.0, -0.01]),
+    }
+    measured = {
+        pair: Measured(seeds=own, replicates=np.full(9999, own.mean()), examples=0.01)
+        for pair, own in seeds.items()
+    }
+    found = {(each.b, each.a): each for each in family("mrpc", measured, 0.3)}
+    assert found["a", "b"].estimate.bootstrap.p < 0.001 and found["a", "b"].estimate.student.p > 0.05
+    assert found["a", "b"].verdict == "not decided"
+    (alone,) = family("mrpc", {("a", "b"): measured["a", "b"]}, 0.3)
+    assert alone.verdict == "differs"  # of two arms there is no other spread
+
+
+def test_the_spread_of_a_pair_that_is_wider_than_the_others(compared):
     sweep, contrasts = compared
     points = {
         arm: np.array([sweep.runs["mrpc", arm, s].points for s in SEEDS]) for arm in ("sensitivity", "worse")

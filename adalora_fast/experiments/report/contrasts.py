@@ -105,10 +105,10 @@ def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> C
                 del parts[pair]  # predictions are missing somewhere
             else:
                 parts[pair].append(compared[pair])
-        found.extend(_family(task, compared, sweep.plan.margin))
+        found.extend(family(task, compared, sweep.plan.margin))
     if len(sweep.plan.tasks) > 1:
         averaged = {pair: _average(measured) for pair, measured in parts.items()}
-        found.extend(_family(AVERAGE, averaged, sweep.plan.margin))
+        found.extend(family(AVERAGE, averaged, sweep.plan.margin))
     return Contrasts(all=tuple(found), replicates=replicates, remarks=tuple(remarks))
 
 
@@ -121,7 +121,8 @@ def _average(measured: list[Measured]) -> Measured:
     )
 
 
-def _family(task: str, compared: dict[tuple[str, str], Measured], margin: float) -> list[Contrast]:
+def family(task: str, compared: dict[tuple[str, str], Measured], margin: float) -> list[Contrast]:
+    """The contrasts of all pairs of one task, or of the average; Holm's correction is over them."""
     pooled, dof = pooled_variance({pair: measured.seeds for pair, measured in compared.items()})
     estimates = {}
     for pair, measured in compared.items():
