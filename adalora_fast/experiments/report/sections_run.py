@@ -10,6 +10,7 @@ from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
 GROWS = ("tasks", "arms", "seeds")
+FEW = 8  # runs that are named one by one
 SETTINGS = (
     "epochs", "learning_rate", "batch_size", "max_length", "weight_decay", "warmup", "init_r", "target_r",
     "scale", "tinit", "tfinal", "deltaT", "orth_reg_weight", "dropout", "classifier_dropout", "precision",
@@ -80,10 +81,10 @@ def _beside_the_plan(sweep: Sweep) -> str:
         and datetime.fromisoformat(run.environment["started"]) < datetime.fromisoformat(written)
     ]
     if older:
-        lines.append(
-            f"Begun before plan.json was written ({written}), so not planned by it: "
-            f"{', '.join(sorted(older))}."
+        which = (
+            ", ".join(sorted(older)) if len(older) <= FEW else f"{len(older)} of the {len(sweep.runs)} runs"
         )
+        lines.append(f"Begun before plan.json was written ({written}), so not planned by it: {which}.")
     return "\n\n".join(lines)
 
 
