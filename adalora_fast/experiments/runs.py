@@ -55,6 +55,7 @@ class RunSettings:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", tuple(self.adapters))  # JSON has lists
         _require("method", self.method, METHODS)
         _require("score_gradient", self.score_gradient, ("total", "task"))
         _require("dtype", self.dtype, DTYPES)

@@ -1,6 +1,7 @@
 """Which runs belong together, their order, and the pairs that are compared."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -34,6 +35,14 @@ def test_runs_that_differ_in_the_seed_alone_are_a_group():
     assert groups_of(runs) == ["lora-r8", "lora-r8", "lora-r4", "full", "fisher"]
     elsewhere = replace(runs[1].settings, data_dir="there", attention="eager", compile=True)
     assert groups_of([runs[0], Run(settings=elsewhere)]) == ["lora-r8", "lora-r8"]
+
+
+def test_a_run_of_before_a_setting_existed_is_of_the_same_group():
+    """Its config.json has no `adapters`, that of a later run has an empty list."""
+    written = json.loads(json.dumps(asdict(run("lora").settings)))
+    assert written["adapters"] == []
+    later = RunSettings(**written | {"recipe": Recipe(**written["recipe"]), "seed": 1})
+    assert groups_of([run("lora"), Run(settings=later)]) == ["lora-r8", "lora-r8"]
 
 
 def test_what_else_tells_groups_apart():
