@@ -357,6 +357,24 @@ def test_what_the_plan_left_out_and_did_not_plan(tmp_path):
     assert "rte/lora-seed0" in text
 
 
+def test_a_task_that_was_not_learnt(tmp_path):
+    """RTE is no better than the majority class, MRPC is; CoLA's majority has a Matthews correlation of 0."""
+    rates = {"sensitivity": 0.8, "lora": 0.78}
+    folder = write_sweep(tmp_path, rates, tasks=["mrpc", "rte", "cola"], seeds=[0])
+    for task, counts in (("mrpc", {"0": 130, "1": 270}), ("rte", {"0": 308, "1": 92})):
+        for arm in rates:
+            path = folder / task / f"{arm}-seed0" / "result.json"
+            result = json.loads(path.read_text())
+            result["splits"]["validation"]["label_counts"] = counts
+            write_json(path, result)
+    sweep = read_sweep(folder)
+    text = results(sweep, compare_all(sweep, 20))
+    assert "The majority class alone gives MRPC 67.50, RTE 77.00, CoLA 0.00." in text
+    assert "No arm is 5 points above it on RTE: near chance" in text
+    untold = read_sweep(write_sweep(tmp_path / "b", rates, tasks=["mrpc"], seeds=[0]))
+    assert "majority" not in results(untold, compare_all(untold, 20))
+
+
 def test_a_plan_that_grew(tmp_path):
     grown = [{"at": "2026-02-03T00:00:00+00:00", "tasks": [], "arms": ["lora"], "seeds": [3, 4]}]
     folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan={"amended": grown})

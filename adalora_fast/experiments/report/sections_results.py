@@ -18,6 +18,7 @@ from .sweep import NULLS, Run, Sweep
 from .tables import average_heading, markdown, metric_name, task_heading, task_name, winners
 
 CLUSTERED = ("mnli", "qnli", "squad", "squad_v2")  # several examples about one premise or passage
+NEAR = 5  # points above the majority class within which a task counts as not learnt
 FOLDED = 12  # rows from which a table is folded away
 
 
@@ -43,8 +44,41 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
     )
     if several:
         note += " The average is over complete rows only, and no published average is comparable with it."
-    parts = [markdown(head, rows), note, _ties(best), _glue(sweep), _details(sweep)]
+    parts = [markdown(head, rows), note, _chance(sweep), _ties(best), _glue(sweep), _details(sweep)]
     return "\n\n".join(filter(None, parts))
+
+
+def _chance(sweep: Sweep) -> str:
+    """What the majority class alone gives, and on which tasks no arm is far from it."""
+    found = {task: value for task in sweep.plan.tasks if (value := _majority(sweep, task)) is not None}
+    if not found:
+        return ""
+    near = [task_name(task) for task, value in found.items() if _best(sweep, task) < value + NEAR]
+    text = "The majority class alone gives " + ", ".join(f"{task_name(t)} {v:.2f}" for t, v in found.items())
+    if near:
+        text += (
+            f". **No arm is {NEAR} points above it on {', '.join(near)}: near chance, so comparisons there "
+            "say nothing about the arms**"
+        )
+    return text + "."
+
+
+def _best(sweep: Sweep, task: str) -> float:
+    means = [primary_cell(sweep, task, arm).mean for arm in sweep.plan.arms]
+    return max((mean for mean in means if mean is not None), default=float("inf"))
+
+
+def _majority(sweep: Sweep, task: str) -> float | None:
+    """The primary metric of the most frequent label, in points; None where the runs do not say."""
+    metric = sweep.primary_metric(task)
+    if metric == "matthews":
+        return 0.0
+    for run in sweep.task_runs(task) if metric == "accuracy" else ():
+        splits = [(run.result.get("splits") or {}).get(name) or {} for name in run.result["metrics"]]
+        counts = [list((split.get("label_counts") or {}).values()) for split in splits]
+        if counts and all(counts):
+            return sum(100 * max(own) / sum(own) for own in counts) / len(counts)
+    return None
 
 
 def _ties(best: dict[str, list[str]]) -> str:
