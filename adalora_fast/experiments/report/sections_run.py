@@ -66,8 +66,8 @@ def _beside_the_plan(sweep: Sweep) -> str:
     """What of the recipe's grid was not planned, and which runs are older than the plan."""
     plan, lines = sweep.plan, []
     left = {
-        name: [value for value in (plan.recipe.get("grid") or {}).get(name) or [] if value not in own]
-        for name, own in (("tasks", plan.tasks), ("arms", plan.arms), ("seeds", plan.seeds))
+        name: [v for v in (plan.recipe.get("grid") or {}).get(name) or [] if v not in getattr(plan, name)]
+        for name in GROWS
     }
     if any(left.values()):
         absent = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in left.items() if values)
@@ -146,8 +146,7 @@ def _tuning(sweep: Sweep) -> str:
         f"{arm} on {task_name(task)}"
         for task in sweep.plan.tasks
         for arm in sweep.plan.arms
-        if len(own[arm]) > 1
-        and ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate") in (min(own[arm]), max(own[arm]))
+        if len(own[arm]) > 1 and _rate(chosen, task, arm) in (min(own[arm]), max(own[arm]))
     ]
     if edges:
         lines.append(
@@ -162,8 +161,12 @@ def _listed(rates: tuple[float, ...]) -> str:
     return ", ".join(f"{rate:g}" for rate in rates)
 
 
+def _rate(chosen: dict[str, Any], task: str, arm: str) -> float | None:
+    return ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate")
+
+
 def _chosen(chosen: dict[str, Any], task: str, arm: str) -> str:
-    rate = ((chosen.get(task) or {}).get(arm) or {}).get("learning_rate")
+    rate = _rate(chosen, task, arm)
     return "–" if rate is None else f"{rate:g}"
 
 
