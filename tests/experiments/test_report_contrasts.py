@@ -154,6 +154,15 @@ def test_a_pair_whose_seeds_agree_is_not_taken_for_surer_than_its_family():
     assert alone.verdict == "differs"  # of two arms there is no other spread
 
 
+def test_one_common_seed_decides_nothing_also_where_other_pairs_have_more():
+    measured = {
+        ("a", "b"): Measured(seeds=np.array([0.1, -0.1]), replicates=np.zeros(9999), examples=0.01),
+        ("a", "c"): Measured(seeds=np.array([9.0]), replicates=np.full(9999, 9.0), examples=0.01),
+    }
+    found = {(each.b, each.a): each for each in family("mrpc", measured, 0.3)}
+    assert found["a", "c"].verdict == "not decided" and not found["a", "c"].estimate.excludes_zero
+
+
 def test_the_spread_of_a_pair_that_is_wider_than_the_others(compared):
     sweep, contrasts = compared
     points = {

@@ -135,7 +135,7 @@ def family(task: str, compared: dict[tuple[str, str], Measured], margin: float) 
             student=student(
                 value, len(measured.seeds), 0.0 if same else max(own, pooled), measured.examples, dof
             )
-            if dof
+            if len(measured.seeds) > 1
             else None,
         )
     corrected = holm([estimate.p for estimate in estimates.values()])

@@ -57,7 +57,8 @@ class Bounds:
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """a minus b in the unit of the metric. Its intervals hold those of both methods, its p is the larger.
-    `student` of None: there is one seed only, so that the bootstrap knows of the examples' chance alone.
+    `student` of None: the two have one seed in common, and the bootstrap knows of the examples' chance
+    alone.
     """
 
     value: float
