@@ -236,7 +236,7 @@ def write_plan(plan: Plan, output: Path) -> None:
     if any(added.values()):
         grown = {name: same[name] + added[name] for name in GROWS}
         note = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **added}
-        grown |= {name: described[name] for name in ("recipe", "tuning")}
+        grown |= {name: described[name] for name in ("description", "recipe", "tuning")}
         primary = same["primary"] | described["primary"]
         write_json(path, before | grown | {"primary": primary, "amended": [*before.get("amended", []), note]})
 

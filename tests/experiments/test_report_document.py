@@ -371,6 +371,12 @@ def test_a_task_that_was_not_learnt(tmp_path):
     text = results(sweep, compare_all(sweep, 20))
     assert "The majority class alone gives MRPC 67.50, RTE 77.00, CoLA 0.00." in text
     assert "No arm is 5 points above it on RTE: near chance" in text
+    assert "Collapsed" not in text
+    path = folder / "mrpc" / "lora-seed0" / "result.json"
+    write_json(path, json.loads(path.read_text()) | {"primary": 0.675})
+    sweep = read_sweep(folder)
+    text = results(sweep, compare_all(sweep, 20))
+    assert "Collapsed to it where other arms learnt the task: lora on MRPC (1 of 1 runs);" in text
     untold = read_sweep(write_sweep(tmp_path / "b", rates, tasks=["mrpc"], seeds=[0]))
     assert "majority" not in results(untold, compare_all(untold, 20))
 

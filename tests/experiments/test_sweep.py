@@ -42,9 +42,10 @@ def test_the_plan_is_written_before_anything_runs(plan, tmp_path, pretend):
 
 def test_a_plan_may_grow_and_says_so(plan, tmp_path, pretend):
     carry_out(plan(seeds=[0]), tmp_path / "out")
-    carry_out(plan(seeds=[2, 0], arms=["head"]), tmp_path / "out")
+    carry_out(plan(seeds=[2, 0], arms=["head"], content={"description": "with a control"}), tmp_path / "out")
     described = read_json(tmp_path / "out" / "plan.json")
     assert described["seeds"] == [0, 2] and described["arms"] == ["sensitivity", "lora", "head"]
+    assert described["description"] == "with a control"
     (note,) = described["amended"]
     assert (note["tasks"], note["arms"], note["seeds"]) == ([], ["head"], [2]) and note["at"]
 

@@ -49,7 +49,9 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
 
 
 def _chance(sweep: Sweep) -> str:
-    """What the majority class alone gives, and on which tasks no arm is far from it."""
+    """What the majority class alone gives, on which tasks no arm is far from it, and which arms ended there
+    on a task that others learnt.
+    """
     found = {task: value for task in sweep.plan.tasks if (value := _majority(sweep, task)) is not None}
     if not found:
         return ""
@@ -59,6 +61,19 @@ def _chance(sweep: Sweep) -> str:
         text += (
             f". **No arm is {NEAR} points above it on {', '.join(near)}: near chance, so comparisons there "
             "say nothing about the arms**"
+        )
+    collapsed = [
+        f"{arm} on {task_name(task)} ({count} of {len(sweep.of(task, arm))} runs)"
+        for task, value in found.items()
+        if task_name(task) not in near
+        for arm in sweep.plan.arms
+        if (count := sum(abs(run.points - value) < 0.01 for run in sweep.of(task, arm).values()))
+    ]
+    if collapsed:
+        text += (
+            f". **Collapsed to it where other arms learnt the task: {', '.join(collapsed)}; what is said of "
+            "them there, and on the average, is about their settings (often a learning rate too high) and "
+            "not about the method**"
         )
     return text + "."
 
