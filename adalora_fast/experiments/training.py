@@ -1,7 +1,9 @@
 """One training run, from settings to a complete folder. The loop itself is transformers' Trainer."""
 
+import ctypes
 import gc
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -91,6 +93,8 @@ def _train(
             model, tokenizer, data, settings, workload, folder, recorder, evaluates=resumable, saves=saves
         )
         checkpoint = last_whole_checkpoint(folder) if saves else None
+        if trainer.args.device.type == "cpu":
+            keep_freed_memory()
         gc.collect()
         gc.freeze()  # else every step stops to search the libraries and the model for garbage
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -144,6 +148,19 @@ def _train(
         + f"{result['seconds']:.0f} s"
     )
     return result
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep what large tensors leave, for the rest of the process. By default it gives
+    them back to the system, and the next step gets and clears the same pages again. Without glibc: nothing.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
 
 
 def check_lengths(data: dict[str, Dataset], config: Any, settings: RunSettings) -> None:

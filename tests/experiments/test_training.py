@@ -1,5 +1,8 @@
 """Whole runs of a tiny encoder on a tiny task: what they compute and what lies in the folder afterwards."""
 
+import ctypes
+import resource
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -236,6 +239,21 @@ def test_other_settings_are_refused(folders, encoder, data_dir):
         ValueError, match=r"holds a run with recipe\.learning_rate = 0\.005, and 0\.0001 was asked"
     ):
         train(settings(encoder, data_dir, recipe=changed), folders / "sensitivity")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="tunes glibc's malloc"
+)
+def test_large_tensors_do_not_cost_new_pages_in_every_step():
+    def use():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        kept = [torch.zeros(50 << 20, dtype=torch.uint8) for _ in range(2)]
+        del kept
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    training.keep_freed_memory()
+    use()
+    assert sum(use() for _ in range(5)) < 5000  # of 128,000 pages
 
 
 def test_a_sample_is_marked(encoder, tmp_path):
