@@ -381,6 +381,12 @@ def test_a_task_that_was_not_learnt(tmp_path):
     assert "majority" not in results(untold, compare_all(untold, 20))
 
 
+def test_what_was_changed_from_the_recipe(tmp_path):
+    changed = {"overrides": {"train_rows": 2000, "epochs": 5}}
+    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan=changed)
+    assert "whatever is said of it above: train_rows = 2000, epochs = 5." in what_was_run(read_sweep(folder))
+
+
 def test_a_plan_that_grew(tmp_path):
     grown = [{"at": "2026-02-03T00:00:00+00:00", "tasks": [], "arms": ["lora"], "seeds": [3, 4]}]
     folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan={"amended": grown})

@@ -40,6 +40,9 @@ def what_was_run(sweep: Sweep) -> str:
         ("versions", distinct(map(_versions, places))),
     ]
     parts = [plan.description] if plan.description else []
+    if plan.overrides:
+        changed = ", ".join(f"{name} = {value}" for name, value in plan.overrides.items())
+        parts.append(f"**Changed from the recipe, whatever is said of it above: {changed}.**")
     parts.append(markdown(("", ""), facts, left=2))
     if any(sweep.is_sample(task) for task in plan.tasks):
         parts.append(

@@ -30,6 +30,7 @@ class Plan:
     baseline: str = "sensitivity"
     margin: float = 0.3
     recipe: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     amended: tuple[dict[str, Any], ...] = ()
@@ -237,6 +238,7 @@ def _read_plan(path: Path) -> Plan:
         baseline=content.get("baseline") or "sensitivity",
         margin=float(margin),
         recipe=content.get("recipe") or {},
+        overrides=content.get("overrides") or {},
         tuning=content.get("tuning"),
         environment=content.get("environment") or {},
         amended=tuple(content.get("amended") or ()),
