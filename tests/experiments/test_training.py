@@ -253,7 +253,7 @@ def test_large_tensors_do_not_cost_new_pages_in_every_step():
 
     training.keep_freed_memory()
     use()
-    assert sum(use() for _ in range(5)) < 5000  # of 128,000 pages
+    assert sum(use() for _ in range(10)) < 80_000  # of 256,000; a hole may have to be found anew
 
 
 def test_a_sample_is_marked(encoder, tmp_path):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adalora_fast.ops import orthogonality
 from adalora_fast.ops.orthogonality import gradients
-from tests.tolerances import RelativeRule, assert_accurate
+from tests.tolerances import TOLERANCES, RelativeRule, assert_accurate
 
 PENALTIES = ("fro", "squared")
 SHAPES = ((5, 3, 7), (5, 3, 7), (40, 8, 31), (6, 0, 3), (9, 1, 1), (5, 2, 5), (3, 6, 2))  # (in, r, out)
@@ -122,6 +122,7 @@ def test_rank_zero(penalty):
     ),
     penalty=st.sampled_from(PENALTIES),
 )
+@example(shapes=[(1, 3, 4), (4, 1, 6), (5, 5, 1)], penalty="fro")  # the last P nearly of length 1
 def test_drawn_models(shapes, penalty):
     if not any(r for _, r, _ in shapes):
         return
@@ -129,8 +130,10 @@ def test_drawn_models(shapes, penalty):
     value, grads = with_gradients(ours, *factors, penalty)
     want, exact = with_gradients(naive, *factors, penalty)
     assert_accurate(value, want, torch.float64, factor=10)
-    for got, expected in zip(grads, exact, strict=True):
-        assert_accurate(got, expected, torch.float64, factor=10)
+    for factor, got, expected in zip([*factors[0], *factors[1]], grads, exact, strict=True):
+        # P (PᵀP − I) cancels where P is nearly orthogonal: the error is then of the size of its terms.
+        size = max(expected.norm(), factor.detach().norm())
+        assert (got - expected).norm() <= 10 * TOLERANCES[torch.float64] * size
 
 
 def test_one_autograd_node():
