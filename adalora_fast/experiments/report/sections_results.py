@@ -55,17 +55,17 @@ def _chance(sweep: Sweep) -> str:
     found = {task: value for task in sweep.plan.tasks if (value := _majority(sweep, task)) is not None}
     if not found:
         return ""
-    near = [task_name(task) for task, value in found.items() if _best(sweep, task) < value + NEAR]
+    near = [task for task, value in found.items() if _best(sweep, task) < value + NEAR]
     text = "The majority class alone gives " + ", ".join(f"{task_name(t)} {v:.2f}" for t, v in found.items())
     if near:
         text += (
-            f". **No arm is {NEAR} points above it on {', '.join(near)}: near chance, so comparisons there "
-            "say nothing about the arms**"
+            f". **No arm is {NEAR} points above it on {', '.join(map(task_name, near))}: near chance, so "
+            "comparisons there say nothing about the arms**"
         )
     collapsed = [
         f"{arm} on {task_name(task)} ({count} of {len(sweep.of(task, arm))} runs)"
         for task, value in found.items()
-        if task_name(task) not in near
+        if task not in near
         for arm in sweep.plan.arms
         if (count := sum(abs(run.points - value) < 0.01 for run in sweep.of(task, arm).values()))
     ]
