@@ -12,8 +12,9 @@ class BudgetSchedule:
     With T = ``total_step``, t counted from 0, f = min(T - tfinal, T - 1) the step of the final mask::
 
         t ≤ tinit          b(0), no mask
-        tinit < t < f      int(b(T) + (b(0) - b(T)) (1 - (t - tinit) / (T - tfinal - tinit))³), mask iff t %
-        deltaT == 0 t = f              b(T), always a mask
+        tinit < t < f      int(b(T) + (b(0) - b(T)) (1 - (t - tinit) / (T - tfinal - tinit))³),
+                           a mask iff t % deltaT == 0
+        t = f              b(T), always a mask
         t > f              b(T), the mask of step f stays
 
     (Eq. 14 of the paper has t - tinit - tfinal in the numerator, which jumps at both ends; the public code

@@ -49,9 +49,8 @@ def read_rows(
         raise ValueError(f"{task.name} has no split {split!r} to compare on; choose {_or(task.evaluation)}")
     if data_dir is None and settings.data_dir is not None:
         data_dir = Path(settings.data_dir)
-    if task.kind == "question_answering":
-        return load_questions(task.name, split, data_dir)
-    return load_split(task, split, data_dir)
+    load = load_questions if task.kind == "question_answering" else load_split
+    return load(task, split, data_dir)
 
 
 def selection_and_report(

@@ -1,7 +1,6 @@
 """SQuAD in the form that training works with: windows in, answers out."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from .runs import RunSettings
 from .squad import EvaluationFeatures, QuestionSplit, evaluation_features, load_questions, training_features
 from .squad_answers import decode
 from .tasks import Task, get_task
-from .workloads import HELD_OUT, Judged, cached
+from .workloads import Judged, cached, load_splits
 
 
 @dataclass(kw_only=True)
@@ -31,15 +30,8 @@ class QuestionAnswering:
     @classmethod
     def load(cls, settings: RunSettings) -> "QuestionAnswering":
         """Read and check the data of these settings."""
-        task, recipe = get_task(settings.task), settings.recipe
-        data_dir = None if settings.data_dir is None else Path(settings.data_dir)
-        splits = {"train": load_questions(task.name, "train", data_dir).take(recipe.train_rows)}
-        if settings.held_out:
-            splits["train"], splits[HELD_OUT] = splits["train"].hold_out(settings.held_out)
-        else:
-            for name in task.evaluation:
-                splits[name] = load_questions(task.name, name, data_dir).take(recipe.evaluation_rows)
-        return cls(task=task, splits=splits, recipe=recipe)
+        splits = load_splits(settings, load_questions)
+        return cls(task=get_task(settings.task), splits=splits, recipe=settings.recipe)
 
     @property
     def evaluation(self) -> tuple[str, ...]:

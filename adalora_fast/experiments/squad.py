@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .tasks import TASKS, Rows, read_table
+from .tasks import Rows, Task, read_table
 
 COLUMNS = ("id", "context", "question", "answers")
 MAX_QUESTION_LENGTH = 64  # tokens, the limit of BERT's own script for SQuAD
@@ -75,16 +75,12 @@ class EvaluationFeatures:
         return len(self.example)
 
 
-def load_questions(task_name: str, split: str, data_dir: Path | None) -> QuestionSplit:
+def load_questions(task: Task, split: str, data_dir: Path | None) -> QuestionSplit:
     """Read `DIR/<task>/<split>.parquet` (or a sample, as `tasks.find_split_file` does), or the hub for None.
 
     An answer that is not where its row says is moved to the nearest place where it is. ValueError names the
     row that has none, or whose columns are not texts; FileNotFoundError a file or hub that is not there.
     """
-    tasks = {name: task for name, task in TASKS.items() if task.kind == "question_answering"}
-    if task_name not in tasks:
-        raise ValueError(f"{task_name!r} does not ask for spans; choose one of {', '.join(tasks)}")
-    task = tasks[task_name]
     table, source, sample = read_table(task, split, data_dir, COLUMNS)
     ids, contexts, questions, answers = (table.column(column).to_pylist() for column in COLUMNS)
     seen = set()
@@ -101,7 +97,7 @@ def load_questions(task_name: str, split: str, data_dir: Path | None) -> Questio
             answers[row] = _checked_answers(answers[row], contexts[row])
         except ValueError as error:
             raise ValueError(f"{source} row {row}: {error}; remove or fix that row") from error
-        if not answers[row]["text"] and task_name == "squad":
+        if not answers[row]["text"] and task.name == "squad":
             raise ValueError(f"{source} row {row} has no answer; remove it, or use squad_v2")
     return QuestionSplit(
         ids=ids, contexts=contexts, questions=questions, answers=answers, source=source, sample=sample

@@ -1,5 +1,7 @@
 """SQuAD through the harness: windows to the Trainer, logits to answers and the official numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -110,11 +112,12 @@ def test_held_out_questions_are_about_other_passages(tmp_path, encoder):
     work = load_workload(settings(write_squad(tmp_path), encoder, held_out=0.3))
     assert work.evaluation == ("held_out",)
     assert not set(work.splits["train"].contexts) & set(work.splits["held_out"].contexts)
+    few = load_workload(settings(tmp_path, encoder, held_out=0.3, recipe=replace(RECIPE, train_rows=3)))
+    assert len(few.splits["train"]) == 3  # of the rest: the same questions are held out
+    assert few.splits["held_out"].ids == work.splits["held_out"].ids
 
 
 def test_a_part_of_the_questions(tmp_path, encoder):
-    from dataclasses import replace
-
     recipe = replace(RECIPE, train_rows=5, evaluation_rows=2)
     work = load_workload(settings(write_squad(tmp_path), encoder, recipe=recipe))
     assert {name: (len(split), split.sample) for name, split in work.splits.items()} == {

@@ -14,6 +14,7 @@ from adalora_fast.experiments.squad import (
     training_features,
 )
 from adalora_fast.experiments.squad_answers import decode
+from adalora_fast.experiments.tasks import TASKS
 from tests.experiments.questions import (
     BERT,
     MAX_LENGTH,
@@ -46,7 +47,7 @@ def write(folder, split="train", task="squad", **columns):
 
 
 def test_reads_the_file(tmp_path):
-    split = load_questions("squad", "train", write(tmp_path))
+    split = load_questions(TASKS["squad"], "train", write(tmp_path))
     assert len(split) == 2 and not split.sample and split.source.endswith("squad/train.parquet")
     assert split.ids == ["a", "b"] and split.contexts[1] == " a new star "
     assert split.questions[0] == " which moon?"
@@ -54,9 +55,9 @@ def test_reads_the_file(tmp_path):
 
 
 def test_a_part_of_the_split_is_a_sample(tmp_path):
-    split = load_questions("squad", "train", write(tmp_path, split="train_sample"))
+    split = load_questions(TASKS["squad"], "train", write(tmp_path, split="train_sample"))
     assert split.sample
-    whole = load_questions("squad", "train", write(tmp_path))
+    whole = load_questions(TASKS["squad"], "train", write(tmp_path))
     assert not whole.sample and whole.take(2) == whole.take(None) == whole
     assert whole.take(1).sample and len(whole.take(1)) == 1
     swapped = whole.select([1, 0])
@@ -85,7 +86,7 @@ def test_moves_an_answer_to_where_it_is(tmp_path, given_answer, found):
         context=["the  star and star.", "new"],
         answers=[answer(*given_answer), answer("new", 0)],
     )
-    assert load_questions("squad", "train", folder).answers[0] == answer(*found)
+    assert load_questions(TASKS["squad"], "train", folder).answers[0] == answer(*found)
 
 
 @pytest.mark.parametrize(
@@ -109,27 +110,25 @@ def test_moves_an_answer_to_where_it_is(tmp_path, given_answer, found):
 )
 def test_names_the_row_that_is_wrong(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message) as error:
-        load_questions("squad", "train", write(tmp_path, **columns))
+        load_questions(TASKS["squad"], "train", write(tmp_path, **columns))
     assert "\n" not in str(error.value)
 
 
 def test_names_what_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="choose one of squad, squad_v2"):
-        load_questions("mrpc", "train", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no train\.parquet.*--data-dir"):
-        load_questions("squad", "train", tmp_path)
+        load_questions(TASKS["squad"], "train", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"rajpurkar/squad_v2.*not reachable.*--data-dir"):
-        load_questions("squad_v2", "train", None)
+        load_questions(TASKS["squad_v2"], "train", None)
     rows = {name: [] for name in ("id", "context", "question", "answers")}
     write_parquet(tmp_path / "squad" / "train.parquet", **rows)
     with pytest.raises(ValueError, match="has no rows"):
-        load_questions("squad", "train", tmp_path)
+        load_questions(TASKS["squad"], "train", tmp_path)
 
 
 def test_version_2_has_questions_without_an_answer(tmp_path):
     none = {"text": [], "answer_start": []}
     folder = write(tmp_path, task="squad_v2", answers=[answer("old", 4), none])
-    assert load_questions("squad_v2", "train", folder).answers == [answer("old", 4), none]
+    assert load_questions(TASKS["squad_v2"], "train", folder).answers == [answer("old", 4), none]
 
 
 @settings(max_examples=40, deadline=None)

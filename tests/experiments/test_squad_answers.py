@@ -18,6 +18,7 @@ from adalora_fast.experiments.squad import (
     training_features,
 )
 from adalora_fast.experiments.squad_answers import decode
+from adalora_fast.experiments.tasks import TASKS
 from tests.experiments.questions import (
     BERT,
     MAX_LENGTH,
@@ -241,7 +242,7 @@ def test_real_questions(task, split):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(package.get_model_path())
-    whole = load_questions(task, split, DATA)
+    whole = load_questions(TASKS[task], split, DATA)
     rows = whole.select(range(0, len(whole), len(whole) // 200))
     features = evaluation_features(rows, tokenizer, max_length=128, stride=64)
     assert len(features) > len(rows) * 1.2
