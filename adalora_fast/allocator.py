@@ -362,13 +362,7 @@ class RankAllocator:
         """
         self._initial = self.total_rank()
         self._target = self._initial if finished else self._wanted
-        schedule = self.schedule
-        self.set_schedule(
-            tinit=schedule.tinit,
-            tfinal=schedule.tfinal,
-            deltaT=schedule.deltaT,
-            total_step=schedule.total_step,
-        )
+        self.set_total_step(self.schedule.total_step)  # as before, for the new budgets
         self.reset()
         self._go_to(Position(is_final=finished, is_over=finished))
 

@@ -350,7 +350,3 @@ def _is_about_input(error: Exception) -> bool:
     """
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(PACKAGE)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

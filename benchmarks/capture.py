@@ -121,7 +121,7 @@ def is_proof(found: dict) -> bool:
     return found["masks_equal"] and found["bitwise_equal"] and found["moved"] and whole
 
 
-def seconds(device: torch.device, tail: Callable[[], None], repeats: int = 50) -> float:
+def seconds(tail: Callable[[], None], repeats: int = 50) -> float:
     """Median of one tail, by events."""
     times = []
     for _ in range(repeats):
@@ -152,7 +152,7 @@ def main() -> int:
     replay = captured(other)
     for run in (eager, other):
         run.task(0)
-    times = {"eager": seconds(device, eager.tail), "replayed": seconds(device, replay)}
+    times = {"eager": seconds(eager.tail), "replayed": seconds(replay)}
     print(
         f"the tail of a step: {times['eager'] * 1e6:.1f} µs eager, {times['replayed'] * 1e6:.1f} µs replayed"
     )

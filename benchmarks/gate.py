@@ -10,9 +10,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Without the project's own options for pytest, which ask for plugins that are not needed here.
 TESTS = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
-MARKS = re.compile(
-    r"\b(NEEDS_GPU|ON_DEVICE|NO_BFLOAT16|BFLOAT16|mark\.gpu)\b"
-)  # kernel_cases has most of them
+# kernel_cases has most of them
+MARKS = re.compile(r"\b(NEEDS_GPU|ON_DEVICE|NO_BFLOAT16|BFLOAT16|mark\.gpu)\b")
 LEFT_OUT = ("test_capture_gpu.py",)  # what is refused until it is proved is not part of what is timed
 COUNT = re.compile(r"(\d+)(?:/\d+)? (passed|failed|errors?|skipped|tests? collected)")
 TAIL = 3000  # characters of the output that are kept where a test failed

@@ -26,7 +26,7 @@ def cka_report(result: Result) -> str:
     """cka.md from cka.json."""
     split = result["rows"]["split"]
     own = [run["metrics"].get(split, {}) for run in result["runs"]]
-    head, values = _scores(own, result)
+    head, values = _scores(own)
     within, others = _sides(result)
     rows = [
         [group, count, *cells, within[place], others[place]]
@@ -54,7 +54,7 @@ def cka_report(result: Result) -> str:
 def connectivity_report(result: Result) -> str:
     """connectivity.md from connectivity.json."""
     own = [{} if end is None else {"loss": end["loss"], **end["metrics"]} for end in result["ends"]]
-    head, values = _scores(own, result)
+    head, values = _scores(own)
     within, others = _sides(result)
     rows = [
         [group, count, *cells, within[place], others[place]]
@@ -160,7 +160,7 @@ def _sample(rows: Result) -> str:
     return " (a sample of the official data)" if rows["sample"] else ""
 
 
-def _scores(own: Sequence[Mapping[str, float]], result: Result) -> tuple[list[str], list[list[float | None]]]:
+def _scores(own: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[float | None]]]:
     """Column headings, and each run's values of them; metrics in points."""
     metrics = list(dict.fromkeys(name for scores in own for name in scores if name != "loss"))
     values = [

@@ -97,15 +97,15 @@ def open_run(folder: Path | str) -> SavedRun:
     return run
 
 
-def open_runs(folders: Sequence[Path | str], *, at_least: int = 2) -> list[SavedRun]:
+def open_runs(folders: Sequence[Path | str]) -> list[SavedRun]:
     """Several complete runs that can be compared with each other.
 
     Raises:
-        ValueError: fewer than `at_least`, or two that differ in what `check_comparable` wants equal.
+        ValueError: fewer than two, or two that differ in what `check_comparable` wants equal.
         FileNotFoundError: see `open_run`.
     """
-    if len(folders) < at_least:
-        raise ValueError(f"{len(folders)} runs are too few; give the folders of {at_least} or more")
+    if len(folders) < 2:
+        raise ValueError(f"{len(folders)} runs are too few; give the folders of 2 or more")
     runs = [open_run(folder) for folder in folders]
     check_comparable(runs)
     return runs

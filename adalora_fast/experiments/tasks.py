@@ -9,7 +9,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -37,7 +37,7 @@ class Task:
     kind: str = "classification"
     evaluation: tuple[str, ...] = ("validation",)
     hub_dataset: str = HUB_DATASET
-    hub_name: str = field(default="")
+    hub_name: str = ""
 
     @property
     def is_regression(self) -> bool:

@@ -19,8 +19,6 @@ from adalora_fast.integrations.layers import adapter_layers, factors_of
 from adalora_fast.integrations.peft import is_fused
 from adalora_fast.nn import AdaLoraLinear, Factors
 
-ADAPTER = (*FACTORS, ".ranknum")
-
 
 @torch.no_grad()
 def import_official(source: Mapping[str, Tensor] | str | os.PathLike, model: nn.Module) -> list[str]:

@@ -13,10 +13,8 @@ from adalora_fast.integrations.files import read_config, read_tensors, weights_f
 SERVERS = ("vllm", "sglang", "tgi")
 KEY_ENDS = (".lora_A.weight", ".lora_B.weight")
 KEY_START = "base_model.model."
-ONE_RANK = (
-    "sglang",
-    "tgi",
-)  # they copy or stack the factors of all layers at the rank r of the configuration
+# They copy or stack the factors of all layers at the rank r of the configuration.
+ONE_RANK = ("sglang", "tgi")
 
 
 def servable(

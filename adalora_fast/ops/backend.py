@@ -26,10 +26,8 @@ class Implementation:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The backend that runs ``op`` on ``device_type`` and, for each that does not, the reason."""
+    """The backend that runs an op on a device type and, for each that does not, the reason."""
 
-    op: str
-    device_type: str
     backend: str
     reasons: dict[str, str]
 
@@ -93,12 +91,12 @@ def choose(op: str, device_type: str) -> Choice:
             for backend, reason in reasons.items()
             if backend != forced
         }
-        return Choice(op=op, device_type=device_type, backend=forced, reasons=refused)
+        return Choice(backend=forced, reasons=refused)
     backend = next(backend for backend in BACKENDS if reasons[backend] is None)
     refused = {
         name: reason or f"{backend} is preferred" for name, reason in reasons.items() if name != backend
     }
-    return Choice(op=op, device_type=device_type, backend=backend, reasons=refused)
+    return Choice(backend=backend, reasons=refused)
 
 
 @cache

@@ -6,15 +6,13 @@ each with the formula in float64 before it is timed.
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from benchmarks.peers.extra import INSTALLED
 from benchmarks.peers.layer import FORMS, Layer, Peer, errors, truth
 from benchmarks.peers.peft_layers import peft, peft_compiled, peft_lora
 from benchmarks.peers.plain import frozen, ours, plain
 from benchmarks.peers.unsloth_style import unsloth_style
 
-__all__ = ["FORMS", "NO_DROPOUT", "PEERS", "Layer", "Peer", "errors", "parameters_of", "truth"]
+__all__ = ["FORMS", "NO_DROPOUT", "PEERS", "Layer", "Peer", "errors", "truth"]
 
 PEERS: dict[str, Callable[[Layer], Peer]] = {
     "frozen": frozen,
@@ -27,8 +25,3 @@ PEERS: dict[str, Callable[[Layer], Peer]] = {
     **INSTALLED,
 }
 NO_DROPOUT = ("unsloth style", "unsloth")  # they have none
-
-
-def parameters_of(name: str, layer: Layer, module: Peer) -> list[Tensor]:
-    """What a peer trains: lora_A, lora_E, lora_B; of plain LoRA its A and B; of the frozen layer nothing."""
-    return list(module.trained)

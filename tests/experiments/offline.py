@@ -2,9 +2,8 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = (
-    "1"  # read when the hub's client is imported
-)
+# read when the hub's client is imported
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import socket
 import sys

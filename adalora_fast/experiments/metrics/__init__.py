@@ -1,7 +1,7 @@
 """The metrics of the tasks: numeric cores, bootstrap intervals, and modules for Hugging Face's `evaluate`.
 
-`glue`, `squad` and `bootstrap` need numpy, scikit-learn and scipy only; `evaluate_modules` imports the
-package `evaluate` when one of its functions is called.
+`glue`, `squad` and `bootstrap` need numpy, scikit-learn and scipy only, `evaluate_modules` the package
+`evaluate`, and `translation` sacrebleu when one of its functions is called.
 """
 
 from .glue import METRICS, accuracy, compute, f1, matthews, pearson, pearson_spearman, spearman

@@ -58,9 +58,8 @@ def bleu_statistics(translations: Sequence[str], references: Sequence[str]) -> n
     _check(translations, references)
     from sacrebleu.metrics import BLEU
 
-    metric = BLEU(
-        force=True, effective_order=True
-    )  # the order decides the score of a sentence, not its counts
+    # the order decides the score of a sentence, not its counts
+    metric = BLEU(force=True, effective_order=True)
     rows = []
     for translation, reference in zip(translations, references, strict=True):
         score = metric.sentence_score(translation, [reference])
