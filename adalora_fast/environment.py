@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,11 +79,27 @@ def _processor() -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """As `write_text`; ValueError where a number is not finite."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write all of it or nothing: to a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(
+    place: Path, remedy: str = "choose another --output", what: str = "write to"
+) -> Iterator[None]:
+    """An error of the file system in here says in one line where it was and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"cannot {what} {place} ({error.strerror or error}); {remedy}") from error

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from adalora_fast.environment import write_json
+from adalora_fast.environment import write_json, write_text
 
 from . import plots
 from .cka import FEWEST_ROWS, MinibatchCKA, cka_matrix
-from .common import header, make_folder, of_split, open_in_order, some_of, write_text
+from .common import header, make_folder, of_split, open_in_order, some_of
 from .connectivity import describe_path, grid
 from .evaluations import Evaluations, hash_of_rows, mixture_of
 from .features import FeatureReader

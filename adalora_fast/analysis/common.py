@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adalora_fast.environment import environment
+from adalora_fast.environment import environment, writing_to
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.squad import QuestionSplit
 from adalora_fast.experiments.tasks import Split, Task
@@ -34,19 +34,8 @@ def make_folder(output: Path | None) -> None:
     """Before anything slow: a place that cannot be written to is said at once."""
     if output is None:
         return
-    try:
+    with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(
-            f"cannot write to {output} ({error.strerror or error}); choose another --output"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write all of it or nothing: to a temporary name first."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def header(runs: list[SavedRun], settings: RunSettings, precision: str) -> dict[str, Any]:

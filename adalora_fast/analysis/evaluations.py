@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from adalora_fast.environment import writing_to
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.squad import QuestionSplit
 from adalora_fast.experiments.tasks import Split
@@ -104,12 +105,8 @@ class Evaluations:
 
 def _opened(path: Path) -> IO[bytes]:
     """For appending without a buffer, and kept from other processes."""
-    try:
+    with writing_to(path):
         file = path.open("a+b", buffering=0)
-    except OSError as error:
-        raise type(error)(
-            f"cannot write to {path} ({error.strerror or error}); choose another --output"
-        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

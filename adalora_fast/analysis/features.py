@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import DataCollatorWithPadding
 
+from adalora_fast.environment import writing_to
 from adalora_fast.experiments.models import head_modules, is_of_head
 from adalora_fast.experiments.squad import QuestionSplit
 from adalora_fast.experiments.tasks import Split
@@ -161,12 +162,9 @@ def _read(path: Path, places: Sequence[int], rows: int) -> list[np.ndarray] | No
 def _write(path: Path, values: np.ndarray) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"layer.{place}": layer for place, layer in enumerate(values)}, draft)
-        os.replace(draft, path)
-    except OSError as error:
-        raise type(error)(
-            f"cannot keep features in {path.parent} ({error.strerror or error}); choose another --cache"
-        ) from error
+        with writing_to(path.parent, "choose another --cache", "keep features in"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({f"layer.{place}": layer for place, layer in enumerate(values)}, draft)
+            os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -1,19 +1,12 @@
 """What a long comparison says while it works: a bar with the time left, or a line now and then."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from adalora_fast.experiments.progress import is_watched, progress_bars
 
 SECONDS = 60.0  # between lines
 Advance = Callable[[], None]
@@ -27,8 +20,8 @@ class AnalysisProgress:
     sooner.
     """
 
-    def __init__(self, console: Console | None = None, *, seconds: float = SECONDS) -> None:
-        self.console = console or Console(file=sys.stderr)
+    def __init__(self, console: Console, *, seconds: float = SECONDS) -> None:
+        self.console = console
         self.seconds = seconds
 
     def say(self, text: str) -> None:
@@ -37,21 +30,11 @@ class AnalysisProgress:
     @contextmanager
     def steps(self, description: str, total: int) -> Iterator[Advance]:
         """Steps of which there are `total`, all about equally long."""
-        if not self.console.is_terminal or self.console.is_dumb_terminal:
+        if not is_watched(self.console):
             yield self._lines(description, total)
             return
-        with Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            expand=True,
-            transient=True,
-            speed_estimate_period=600,  # a step may take longer than the 30 seconds that are usual
-        ) as bars:
+        # A step may take longer than the 30 seconds over which the speed is usually estimated.
+        with progress_bars(self.console, transient=True, speed_estimate_period=600) as bars:
             bar = bars.add_task(description, total=total)
             yield lambda: bars.advance(bar)
 

@@ -1,7 +1,6 @@
 """Finished run folders, and whether runs can be compared: the same task, base model and token limits."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from adalora_fast.experiments.fusion import TRAINED
 from adalora_fast.experiments.recipes import Recipe
-from adalora_fast.experiments.runs import RunSettings
+from adalora_fast.experiments.runs import RunSettings, read_object, working_of
 from adalora_fast.experiments.tasks import TASKS, Task, get_task
 from adalora_fast.integrations.files import CONFIG, WEIGHTS, file_within
 
@@ -72,13 +71,13 @@ def open_run(folder: Path | str) -> SavedRun:
     """
     path = Path(folder).expanduser().absolute()
     if not path.is_dir():
-        if path.with_name(f".{path.name}.partial").is_dir():
+        if working_of(path).is_dir():
             raise FileNotFoundError(f"the run {path} is not finished; let the command that began it go on")
         raise FileNotFoundError(f"there is no run folder {path}; give one that train or sweep has written")
     for name in ("config.json", "result.json"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}, so it is no finished run; give another folder")
-    config, result = _object(path / "config.json"), _object(path / "result.json")
+    config, result = read_object(path / "config.json"), read_object(path / "result.json")
     run = SavedRun(path=path, settings=_settings(config.get("settings"), path), result=result)
     _check_kind(run)
     task = run.task
@@ -88,7 +87,7 @@ def open_run(folder: Path | str) -> SavedRun:
                 f"{run.adapter} has no {name}, so the run cannot be compared; train it again"
             )
     if run.settings.method == "full" and task.labels:
-        names = _object(run.adapter / "config.json").get("id2label")
+        names = read_object(run.adapter / "config.json").get("id2label")
         if names != {str(code): label for code, label in enumerate(task.labels)}:
             raise ValueError(
                 f"the model in {run.adapter} has the labels {names}, and {task.name} has "
@@ -162,16 +161,6 @@ def _check_kind(run: SavedRun) -> None:
             f"{run.path} was trained with {method}, which leaves the base model's weights as they are, so it "
             f"cannot be mixed; give runs of {', '.join(FILES)}"
         )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable ({error}); restore it from a copy") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not settings by name; give a run's folder")
-    return content
 
 
 def _settings(content: Any, path: Path) -> RunSettings:

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import logging
 
+from adalora_fast.environment import writing_to
 from adalora_fast.experiments.adapters import TASK_TYPES
 from adalora_fast.experiments.models import head_modules, is_of_head, resolve_model
+from adalora_fast.experiments.quiet import without_model_bars
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import get_task
 from adalora_fast.integrations.checkpoints import move_files
@@ -113,7 +114,7 @@ def save_full(
     """
     check_free(folder)
     with _written_whole(folder) as place, shared.mixed(changes, weights) as model:
-        with _without_bars():
+        with without_model_bars():
             model.save_pretrained(place)
         shared.tokenizer.save_pretrained(place)
 
@@ -125,27 +126,11 @@ def check_free(folder: Path) -> None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """The caller says what is being done."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
     """A place in `folder` for files, which take their names when all of them are written."""
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         draft = tempfile.TemporaryDirectory(dir=folder, prefix=".saving-")
-    except OSError as error:
-        raise type(error)(
-            f"cannot write to {folder} ({error.strerror or error}); choose another --output"
-        ) from error
     with draft as name:
         yield Path(name)
         move_files(Path(name), folder)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adalora_fast.environment import write_json
+from adalora_fast.environment import write_json, write_text
 
-from .common import header, make_folder, open_in_order, write_text
+from .common import header, make_folder, open_in_order
 from .progress import AnalysisProgress, Silent
 from .report import soup_report
 from .rows import Evaluation, RowSet, selection_and_report

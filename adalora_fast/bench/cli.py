@@ -34,7 +34,7 @@ class BenchReport:
 
         self.output.mkdir(parents=True, exist_ok=True)
         report = self.output / "report.md"
-        report.write_text(text + "\n")
+        report.write_text(text + "\n", encoding="utf-8")
         lines = [str(report)]
         for results in found:
             files, without = draw(results, self.output)

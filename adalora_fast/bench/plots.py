@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adalora_fast.bench.report import warnings, with_unit
 from adalora_fast.bench.results import Results, Row
-from adalora_fast.experiments.plots import STYLE
+from adalora_fast.experiments.plots.style import save, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,20 +30,15 @@ def draw(results: Results, folder: Path) -> tuple[list[Path], list[str]]:
     Returns:
         (the files; a line for each picture that there is nothing to draw of).
     """
-    from matplotlib import rc_context
-
     files, without = [], []
     folder.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE):
+    with styled():
         for name, make in PICTURES.items():
             figure = make(results)
             if figure is None:
                 without.append(f"{name}: the results have nothing to draw")
                 continue
-            for kind in ("png", "svg"):
-                file = folder / f"{name}_{results.device}.{kind}"
-                figure.savefig(file, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-                files.append(file)
+            files += save(figure, folder / f"{name}_{results.device}")
     return files, without
 
 

@@ -13,6 +13,7 @@ from .bottleneck import add_bottlenecks, check_bottlenecks
 from .encoders import load_model
 from .fusion import TRAINED, add_fusion
 from .models import family_of, head_modules, is_of_head, target_modules
+from .quiet import without_model_bars
 from .runs import LOW_RANK, VIRTUAL, RunSettings
 from .tasks import Task
 
@@ -182,10 +183,8 @@ def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:
     from peft import PeftModel
 
     if isinstance(model, PeftModel) or settings.method == "full":
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        model.save_pretrained(folder)
+        with without_model_bars():
+            model.save_pretrained(folder)
         return
     from safetensors.torch import save_file
 

@@ -20,9 +20,7 @@ from torch import Tensor
 from adalora_fast.ops.importance import SMOOTHINGS
 from adalora_fast.scores import get_score, register_score, resolve_smoothing, score_names
 
-from .runs import OTHER_METHODS
-
-NULLS = ("uniform", "random")
+from .runs import NULLS, OTHER_METHODS
 
 
 def parse_arm(arm: str) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
+from adalora_fast.environment import write_json
+
 from .docstrings import DocstringCorpus, build_corpus
 from .models import packaged_minilm
 from .plots import plot_ranks
 from .progress import TrainingProgress
 from .recipes import Recipe
 from .report import results_table
-from .runs import RunSettings, open_run, write_json
+from .runs import RunSettings, open_run
 from .tasks import Split, Task
 
 SCORES = ("sensitivity", "movement", "fisher", "gsnr")

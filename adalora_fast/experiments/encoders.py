@@ -23,6 +23,7 @@ from .models import (
     model_type_of,
     resolve_model,
 )
+from .quiet import without_model_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = "nf4"
@@ -376,20 +377,16 @@ def _quiet() -> Iterator[None]:
     """No bars, reports and advice from libraries, and no conversion of a checkpoint on the hub."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     conversion = os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with without_model_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
         if conversion is None:
             del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
         else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adalora_fast.integrations.files import file_within, read_tensors
 
 from .bottleneck import Bottleneck, places_of, put_after
-from .runs import RunSettings, read_json
+from .runs import RunSettings, read_json, working_of
 
 TRAINED = "trained.safetensors"
 
@@ -97,7 +97,7 @@ def open_sources(settings: RunSettings) -> list[Path]:
 
 def _open_source(path: Path, settings: RunSettings) -> Path:
     if not path.is_dir():
-        begun = path.with_name(f".{path.name}.partial").is_dir()
+        begun = working_of(path).is_dir()
         wrong = f"the run {path} is not finished" if begun else f"there is no run folder {path}"
         raise FileNotFoundError(f"{wrong}; train it with --method houlsby first")
     if not (path / "result.json").is_file():

@@ -1,18 +1,33 @@
 """One tidy progress display for any number of training runs: all of them, and the one at work."""
 
-import sys
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+
+def is_watched(console: Console) -> bool:
+    """Whether a bar that moves is of use there."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def progress_bars(console: Console, *more: ProgressColumn, **options: Any) -> Progress:
+    """What is done and the time left, in the same form in every command."""
+    return Progress(
+        TextColumn("{task.description:<28}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), *more,
+        console=console, expand=True, **options,
+    )  # fmt: skip
 
 
 class TrainingProgress:
@@ -22,23 +37,13 @@ class TrainingProgress:
     Where nobody is looking (a log file), one line per finished run is printed instead of bars.
     """
 
-    def __init__(self, *, runs: int = 1, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr)
+    def __init__(self, *, console: Console, runs: int = 1) -> None:
+        self.console = console
         self._runs = runs
         self._finished = 0
         self._known: list[int] = []  # steps of every run so far
-        self.bars = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]:<13}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            expand=True,
-        )
+        note = TextColumn("{task.fields[note]:<13}")
+        self.bars = progress_bars(console, note, disable=not is_watched(console))
         self._all: TaskID | None = None
         self._one: TaskID | None = None
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
+GRID = ("tasks", "arms", "seeds")  # of a sweep; a plan may grow in these
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from adalora_fast.environment import write_text
+
 from .progress import TrainingProgress
 from .runs import RunFolder, RunSettings
 
@@ -116,9 +118,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draft.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

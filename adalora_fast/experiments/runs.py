@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adalora_fast.environment import environment, write_json
+from adalora_fast.environment import environment, write_json, writing_to
 
 from .recipes import WITHOUT_MATRICES, Recipe
 
 LOW_RANK = ("adalora", "peft", "lora")
 METHODS = (*LOW_RANK, *WITHOUT_MATRICES)
 OTHER_METHODS = tuple(method for method in METHODS if method != "adalora")
+NULLS = ("uniform", "random")  # scores that look at nothing
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
 VIRTUAL = ("prompt", "prefix", "p_tuning", "ia3")  # virtual tokens and scales
 ON_FOUR_BITS = (*LOW_RANK, *VIRTUAL)
@@ -102,6 +103,16 @@ class RunSettings:
         return known.get(self.arm, self.arm)
 
 
+def working_of(run: Path) -> Path:
+    """Where this run is written until it is complete."""
+    return run.with_name(f".{run.name}.partial")
+
+
+def failure_of(run: Path) -> Path:
+    """The file that says why this run of a sweep failed."""
+    return run.with_name(f"{run.name}.failed.json")
+
+
 def is_main_process() -> bool:
     """False in the processes of a distributed run (torchrun, accelerate) that write nothing."""
     return os.environ.get("RANK", "0") == "0"
@@ -121,7 +132,7 @@ class RunFolder:
 
     @property
     def working(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.partial")
+        return working_of(self.path)
 
     @property
     def checkpoints(self) -> Path:
@@ -140,15 +151,11 @@ class RunFolder:
         """Make the working folder, with config.json in it; one left by an interrupted run is taken over."""
         if not is_main_process():
             return
-        try:
+        with writing_to(self.path):
             self.working.mkdir(parents=True, exist_ok=True)
             if not (self.working / "config.json").is_file():
                 config = {"settings": asdict(self.settings), "environment": environment()}
                 write_json(self.working / "config.json", config)
-        except OSError as error:
-            raise type(error)(
-                f"cannot write to {self.path} ({error.strerror}); choose another --output"
-            ) from error
 
     def abandon(self) -> None:
         """Remove the working folder of a run that could not begin: the corrected one needs its place."""
@@ -179,13 +186,9 @@ class RunFolder:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    try:
+    with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
-    except OSError as error:
-        raise type(error)(
-            f"cannot write to {path.parent} ({error.strerror}); choose another --output"
-        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,21 +22,20 @@ from typing import Any
 
 from rich.console import Console
 
-from adalora_fast.environment import environment, write_json
+from adalora_fast.environment import environment, write_json, writing_to
 
 from .arms import parse_arm
 from .bottleneck import check_bottlenecks
 from .models import resolve_model
 from .progress import TrainingProgress
-from .recipes import model_of, read_recipe, recipe_of
-from .runs import RunFolder, RunSettings, first_difference, open_run, read_json, read_object
+from .recipes import GRID, model_of, read_recipe, recipe_of
+from .runs import RunFolder, RunSettings, failure_of, first_difference, open_run, read_json, read_object
 from .single import start_run, whole_path
 from .tasks import get_task
 from .tuning import Tuning, diverged
 
 MARGIN = 0.3  # points within which two arms count as equivalent
 WAIT_SECONDS = 5
-GROWS = ("tasks", "arms", "seeds")  # what may be added to a plan later
 WORDS = ("name", "description", "primary")  # what decides no run
 
 
@@ -53,7 +52,7 @@ class Planned:
 
     @property
     def failure(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.failed.json")
+        return failure_of(self.path)
 
     @property
     def folder(self) -> RunFolder:
@@ -168,7 +167,7 @@ def make_plan(
         )
     arms = [settings.arm for settings in asked]  # "fisher+task+sum" is one, too
     parts = {
-        name: tuple(given) or tuple(grid.get(name, ())) for name, given in zip(GROWS, (tasks, arms, seeds))
+        name: tuple(given) or tuple(grid.get(name, ())) for name, given in zip(GRID, (tasks, arms, seeds))
     }
     for name, values in parts.items():
         if not values:
@@ -214,13 +213,9 @@ def write_plan(plan: Plan, output: Path) -> None:
     """
     path, described = output / "plan.json", plan.described()
     if not path.is_file():
-        try:
+        with writing_to(output):
             output.mkdir(parents=True, exist_ok=True)
             write_json(path, described | {"environment": environment(), "amended": []})
-        except OSError as error:
-            raise type(error)(
-                f"cannot write to {output} ({error.strerror}); choose another --output"
-            ) from error
         return
     described = json.loads(json.dumps(described))
     try:
@@ -232,9 +227,9 @@ def write_plan(plan: Plan, output: Path) -> None:
     difference = first_difference(decided, _deciding(described, same))
     if difference is not None:
         raise ValueError(f"{output} holds a sweep with {difference}; choose another --output")
-    added = {name: [value for value in described[name] if value not in same[name]] for name in GROWS}
+    added = {name: [value for value in described[name] if value not in same[name]] for name in GRID}
     if any(added.values()):
-        grown = {name: same[name] + added[name] for name in GROWS}
+        grown = {name: same[name] + added[name] for name in GRID}
         note = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **added}
         grown |= {name: described[name] for name in ("description", "recipe", "tuning")}
         primary = same["primary"] | described["primary"]
@@ -362,7 +357,7 @@ def _deciding(plan: dict[str, Any], planned: dict[str, Any]) -> dict[str, Any]:
     """
     tasks, arms, recipe = planned["tasks"], planned["arms"], plan["recipe"]
     tuning = None if plan["tuning"] is None else Tuning.of(plan["tuning"])
-    return {name: value for name, value in plan.items() if name not in (*GROWS, *WORDS)} | {
+    return {name: value for name, value in plan.items() if name not in (*GRID, *WORDS)} | {
         "recipe": {
             task: {arm: asdict(recipe_of(recipe, plan["name"], task, arm)) for arm in arms} for task in tasks
         },

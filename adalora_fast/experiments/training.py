@@ -28,13 +28,15 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from adalora_fast.environment import write_json
+
 from .adapters import adapt, load_encoder, save_adapter
 from .allocation import check_budget, ranks_of, training_callbacks
 from .fusion import mean_weights
 from .models import position_limit
 from .progress import TrainingProgress
 from .recorder import Recorder
-from .runs import RunFolder, RunSettings, open_run, read_json, write_json
+from .runs import RunFolder, RunSettings, open_run, read_json
 from .workloads import Judged, Workload
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from adalora_fast.environment import write_json
 
-from .runs import read_object, read_result
+from .runs import failure_of, read_object, read_result
 
 DEFAULT = {"learning_rates": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3], "arms": {}, "seeds": [100, 101], "held_out": 0.1}
 
@@ -116,7 +116,7 @@ class Tuning:
 
 def diverged(folder: Path) -> bool:
     """Whether this run failed because its numbers were no longer finite."""
-    failure = folder.with_name(f"{folder.name}.failed.json")
+    failure = failure_of(folder)
     return failure.is_file() and "diverged" in str(read_object(failure).get("error"))
 
 

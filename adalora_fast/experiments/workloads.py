@@ -4,17 +4,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from datasets import Dataset
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from adalora_fast.environment import writing_to
 
 from . import metrics
+from .quiet import without_table_bars
 from .recipes import Recipe
 from .runs import RunSettings
 from .tasks import Rows, Split, Task, get_task, load_split
@@ -145,15 +146,10 @@ def cached(
     path = folder / f"tokens-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
     if not path.is_dir():
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with writing_to(folder, "set ADALORA_FAST_CACHE to another folder", "keep tokens in"):
             folder.mkdir(parents=True, exist_ok=True)
-            with without_bars():
+            with without_table_bars():
                 Dataset.from_dict(encode()).save_to_disk(draft)
-        except OSError as error:
-            raise type(error)(
-                f"cannot keep tokens in {folder} ({error.strerror or error}); "
-                "set ADALORA_FAST_CACHE to another folder"
-            ) from error
         try:
             draft.rename(path)
         except OSError:  # another process was first
@@ -171,15 +167,3 @@ def vocabulary_of(tokenizer: Any) -> Any:
         for key, value in json.loads(backend.to_str()).items()
         if key not in ("truncation", "padding")
     }
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """The progress display speaks for the whole program."""
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()

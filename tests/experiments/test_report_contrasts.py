@@ -34,7 +34,7 @@ def compared(tmp_path_factory):
 def test_a_planted_difference_is_found(compared, task):
     contrast = compared[1].between(task, "worse", "sensitivity")
     e = contrast.estimate
-    assert e.low < e.value < e.high < 0 and e.excludes_zero
+    assert e.bounds.low < e.value < e.bounds.high < 0 and e.excludes_zero
     assert e.value == pytest.approx(-6, abs=1.5)
     assert contrast.verdict == "differs" and contrast.holm_p < 0.05 and contrast.seeds == 3
 
@@ -42,15 +42,15 @@ def test_a_planted_difference_is_found(compared, task):
 @pytest.mark.parametrize("task", ["mrpc", "rte", AVERAGE])
 def test_identical_arms_are_equivalent(compared, task):
     contrast = compared[1].between(task, "twin", "sensitivity")
-    assert contrast.estimate.value == contrast.estimate.low == contrast.estimate.high == 0
-    assert contrast.estimate.p == 1 and contrast.verdict == "equivalent within ±0.3"
+    assert contrast.estimate.value == contrast.estimate.bounds.low == contrast.estimate.bounds.high == 0
+    assert contrast.estimate.bounds.p == 1 and contrast.verdict == "equivalent within ±0.3"
 
 
 def test_a_contrast_the_other_way_round(compared):
     _, contrasts = compared
     one, other = (contrasts.between("mrpc", *pair) for pair in (("worse", "twin"), ("twin", "worse")))
     assert (one.a, one.b, other.a, other.b) == ("worse", "twin", "twin", "worse")
-    assert one.estimate.value == -other.estimate.value and one.estimate.low == -other.estimate.high
+    assert one.estimate == -other.estimate and one.estimate.bounds.low == -other.estimate.bounds.high
     assert one.holm_p == other.holm_p
 
 
@@ -58,8 +58,8 @@ def test_holm_is_over_the_pairs_of_one_task(compared):
     for task in ("mrpc", "rte", AVERAGE):
         found = compared[1].of(task)
         assert len(found) == 3
-        least = min(found, key=lambda contrast: contrast.estimate.p)
-        assert least.holm_p == pytest.approx(3 * least.estimate.p)
+        least = min(found, key=lambda contrast: contrast.estimate.bounds.p)
+        assert least.holm_p == pytest.approx(3 * least.estimate.bounds.p)
 
 
 def test_the_best_and_ties(compared):

@@ -162,11 +162,11 @@ def test_a_difference_is_as_uncertain_as_the_more_careful_method_says():
     a = Bounds(low=0.1, high=2.0, low90=0.3, high90=1.8, p=0.001)
     b = Bounds(low=-0.2, high=1.5, low90=0.2, high90=1.4, p=0.07)
     both = Difference(value=1.0, bootstrap=a, student=b)
-    assert (both.low, both.high, both.low90, both.high90, both.p) == (-0.2, 2.0, 0.2, 1.8, 0.07)
+    assert both.bounds == Bounds(low=-0.2, high=2.0, low90=0.2, high90=1.8, p=0.07)
     assert not both.excludes_zero and Difference(value=1.0, bootstrap=a, student=a).excludes_zero
-    assert (-both).low == -2.0 and (-both).student.high == 0.2
+    assert (-both).bounds.low == -2.0 and (-both).student.high == 0.2
     one_seed = Difference(value=1.0, bootstrap=a, student=None)
-    assert one_seed.p == 0.001 and not one_seed.excludes_zero and (-one_seed).student is None
+    assert one_seed.bounds.p == 0.001 and not one_seed.excludes_zero and (-one_seed).student is None
     assert verdict(one_seed, 0.001, 0.3) == "not decided"
 
 
@@ -206,7 +206,7 @@ def test_the_interval_covers_a_known_difference():
             bounds = percentiles(paired_replicates(a, b, seed_weights(seeds, replicates, generator)))
             own = student(effects.mean(), seeds, effects.var(ddof=1), (a - b).mean(0).var(ddof=1), seeds - 1)
             found = Difference(value=effects.mean(), bootstrap=bounds, student=own if seeds == 3 else bounds)
-            held += found.low <= 1.0 <= found.high
+            held += found.bounds.low <= 1.0 <= found.bounds.high
         assert least <= held / 200 <= 0.99
 
 

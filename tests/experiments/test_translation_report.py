@@ -61,7 +61,7 @@ def test_arms_are_compared_by_a_paired_bootstrap_of_bleu(tmp_path):
     found = contrasts.between("wmt16_ro_en", "lora-r4", "lora-r1")
     expected = 100 * np.mean([bleu(a, references) - bleu(b, references) for a, b in zip(better, worse)])
     assert found.estimate.value == pytest.approx(expected)
-    assert 0 < found.estimate.low < expected < found.estimate.high and found.seeds == 2
+    assert 0 < found.estimate.bounds.low < expected < found.estimate.bounds.high and found.seeds == 2
     table = results(sweep, contrasts)
     assert "WMT16 En-Ro BLEU" in table and "WMT16 En-Ro chrF" in table
 

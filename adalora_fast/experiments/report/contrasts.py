@@ -138,7 +138,7 @@ def family(task: str, compared: dict[tuple[str, str], Measured], margin: float) 
             if len(measured.seeds) > 1
             else None,
         )
-    corrected = holm([estimate.p for estimate in estimates.values()])
+    corrected = holm([estimate.bounds.p for estimate in estimates.values()])
     return [
         Contrast(
             task=task,

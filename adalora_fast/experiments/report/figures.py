@@ -105,8 +105,11 @@ def forest_panels(
         rows = []
         for arm in others:
             contrast = contrasts.between(task, arm, baseline)
-            e = contrast.estimate if contrast else None
-            rows.append((arm, e.value, e.low, e.high) if e else (arm, math.nan, math.nan, math.nan))
+            if contrast is None:
+                rows.append((arm, math.nan, math.nan, math.nan))
+            else:
+                estimate = contrast.estimate
+                rows.append((arm, estimate.value, estimate.bounds.low, estimate.bounds.high))
         if any(not math.isnan(row[1]) for row in rows):
             heading = "average over tasks" if task == AVERAGE else task_heading(sweep, task)
             panels.append((heading, rows))

@@ -329,7 +329,7 @@ def against_nulls(sweep: Sweep, contrasts: Contrasts) -> str:
 
 def _brief(contrast: Contrast) -> str:
     e = contrast.estimate
-    return f"{signed(e.value)} ({signed(e.low)} to {signed(e.high)}): {_verdict(contrast)}"
+    return f"{signed(e.value)} ({signed(e.bounds.low)} to {signed(e.bounds.high)}): {_verdict(contrast)}"
 
 
 def _verdict(contrast: Contrast) -> str:
@@ -337,7 +337,7 @@ def _verdict(contrast: Contrast) -> str:
     e = contrast.estimate
     if contrast.verdict in ("differs", "not decided"):
         return contrast.verdict
-    return f"{contrast.verdict} (90 %: {signed(e.low90)} to {signed(e.high90)})"
+    return f"{contrast.verdict} (90 %: {signed(e.bounds.low90)} to {signed(e.bounds.high90)})"
 
 
 def signed(value: float) -> str:
@@ -352,8 +352,8 @@ def contrast_table(found: list[Contrast]) -> str:
         e = contrast.estimate
         rows.append((
             task_name(contrast.task), f"{contrast.a} − {contrast.b}", _verdict(contrast), contrast.seeds,
-            signed(e.value), f"{signed(e.low)} to {signed(e.high)}",
-            probability(e.p), probability(contrast.holm_p),
+            signed(e.value), f"{signed(e.bounds.low)} to {signed(e.bounds.high)}",
+            probability(e.bounds.p), probability(contrast.holm_p),
         ))  # fmt: skip
     head = ("task", "arms", "verdict", "seeds", "difference", "95 % interval", "p", "Holm's p")
     return markdown(head, rows, left=3)

@@ -4,12 +4,12 @@ import shlex
 from datetime import datetime
 from typing import Any
 
+from ..recipes import GRID
 from ..tuning import Tuning
 from .sweep import Run, Sweep, commands_of, distinct, output_of
 from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
-GROWS = ("tasks", "arms", "seeds")
 FEW = 8  # runs that are named one by one
 SETTINGS = (
     "epochs", "learning_rate", "batch_size", "max_length", "weight_decay", "warmup", "init_r", "target_r",
@@ -57,7 +57,7 @@ def what_was_run(sweep: Sweep) -> str:
         parts.append(_tuning(sweep))
     parts += [
         f"The plan grew on {entry.get('at', 'an unknown date')} by "
-        + "; ".join(f"{name} {', '.join(map(str, entry[name]))}" for name in GROWS if entry.get(name))
+        + "; ".join(f"{name} {', '.join(map(str, entry[name]))}" for name in GRID if entry.get(name))
         + "."
         for entry in plan.amended
     ]
@@ -70,7 +70,7 @@ def _beside_the_plan(sweep: Sweep) -> str:
     plan, lines = sweep.plan, []
     left = {
         name: [v for v in (plan.recipe.get("grid") or {}).get(name) or [] if v not in getattr(plan, name)]
-        for name in GROWS
+        for name in GRID
     }
     if any(left.values()):
         absent = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in left.items() if values)

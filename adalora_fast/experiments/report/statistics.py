@@ -53,12 +53,19 @@ class Bounds:
     def __neg__(self) -> "Bounds":
         return Bounds(low=-self.high, high=-self.low, low90=-self.high90, high90=-self.low90, p=self.p)
 
+    def __or__(self, other: "Bounds") -> "Bounds":
+        """The intervals that hold those of both, and the larger p."""
+        return Bounds(
+            low=min(self.low, other.low), high=max(self.high, other.high),
+            low90=min(self.low90, other.low90), high90=max(self.high90, other.high90),
+            p=max(self.p, other.p),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """a minus b in the unit of the metric. Its intervals hold those of both methods, its p is the larger.
-    `student` of None: the two have one seed in common, and the bootstrap knows of the examples' chance
-    alone.
+    """a minus b in the unit of the metric. `student` of None: the two have one seed in common, and the
+    bootstrap knows of the examples' chance alone.
     """
 
     value: float
@@ -66,33 +73,14 @@ class Difference:
     student: Bounds | None
 
     @property
-    def both(self) -> list[Bounds]:
-        return [self.bootstrap] if self.student is None else [self.bootstrap, self.student]
-
-    @property
-    def low(self) -> float:
-        return min(bounds.low for bounds in self.both)
-
-    @property
-    def high(self) -> float:
-        return max(bounds.high for bounds in self.both)
-
-    @property
-    def low90(self) -> float:
-        return min(bounds.low90 for bounds in self.both)
-
-    @property
-    def high90(self) -> float:
-        return max(bounds.high90 for bounds in self.both)
-
-    @property
-    def p(self) -> float:
-        return max(bounds.p for bounds in self.both)
+    def bounds(self) -> Bounds:
+        """What is said of it: of both methods the wider intervals and the larger p."""
+        return self.bootstrap if self.student is None else self.bootstrap | self.student
 
     @property
     def excludes_zero(self) -> bool:
         """Whether the 95 % interval does, and more is known than the examples' chance."""
-        return self.student is not None and (self.low > 0 or self.high < 0)
+        return self.student is not None and (self.bounds.low > 0 or self.bounds.high < 0)
 
     def __neg__(self) -> "Difference":
         turned = None if self.student is None else -self.student
@@ -183,7 +171,7 @@ def verdict(estimate: Difference, holm_p: float, margin: float) -> str:
     if estimate.student is None:
         return "not decided"
     differs = holm_p < DIFFERS
-    inside = -margin < estimate.low90 and estimate.high90 < margin
+    inside = -margin < estimate.bounds.low90 and estimate.bounds.high90 < margin
     if differs and inside:
         return f"differs, by less than {margin:g}"
     if differs:

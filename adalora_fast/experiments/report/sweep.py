@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..runs import OTHER_METHODS, read_object
+from ..runs import NULLS, OTHER_METHODS, failure_of, read_object, working_of
 
 RESULT_KEYS = (
     "task", "model", "arm", "seed", "sample", "primary_metric", "primary", "metrics", "trainable_parameters",
     "total_rank", "train_seconds", "seconds",
 )  # fmt: skip
-NULLS = ("uniform", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +268,11 @@ def _read_run(place: Path, task: str, arm: str, seed: int) -> Run:
 
 
 def _why_missing(place: Path) -> tuple[str, str]:
-    failed = place.with_name(f"{place.name}.failed.json")
+    failed = failure_of(place)
     if failed.is_file():
         reason = str(read_object(failed).get("error") or "no reason was written")
         return "failed", " ".join(reason.split())
-    if place.with_name(f".{place.name}.partial").is_dir():
+    if working_of(place).is_dir():
         return "unfinished", "it was begun and is not complete; the sweep's command resumes it"
     if place.is_dir():
         return "unfinished", "its folder has no result.json"

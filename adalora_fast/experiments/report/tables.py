@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .cells import Cell, averages, checkpoint_cell, metric_names, primary_cell
-from .contrasts import Contrasts, best_of
+from .contrasts import AVERAGE, Contrasts, best_of
 from .published import GLUE_TASKS
 from .statistics import Difference
 from .sweep import Sweep
@@ -15,7 +15,7 @@ NAMES = {
     "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "qnli": "QNLI", "qqp": "QQP",
     "wnli": "WNLI", "stsb": "STS-B", "mnli": "MNLI", "squad": "SQuAD", "squad_v2": "SQuAD 2",
     "wmt16_ro_en": "WMT16 En-Ro",
-    "average": "average",
+    AVERAGE: "average",
 }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def table_rows(sweep: Sweep) -> list[dict[str, Any]]:
             end, best = primary_cell(sweep, task, arm), checkpoint_cell(sweep, task, arm)
             rows.append(row(arm, task, sweep.primary_metric(task), end, best))
         average = averages(sweep, arm)
-        rows.append(row(arm, "average", "primary", average.here, None))
+        rows.append(row(arm, AVERAGE, "primary", average.here, None))
         for name, value in average.glue.items():
             if value is not None:
                 cell = Cell(mean=value, std=None, seeds=average.here.seeds, planned=average.here.planned)
@@ -134,13 +134,14 @@ def contrast_rows(contrasts: Contrasts) -> list[dict[str, Any]]:
         {
             "task": contrast.task, "a": contrast.a, "b": contrast.b, "seeds": contrast.seeds,
             "difference": _rounded(contrast.estimate.value),
-            "low_95": _rounded(contrast.estimate.low), "high_95": _rounded(contrast.estimate.high),
-            "low_90": _rounded(contrast.estimate.low90), "high_90": _rounded(contrast.estimate.high90),
+            "low_95": _rounded(bounds.low), "high_95": _rounded(bounds.high),
+            "low_90": _rounded(bounds.low90), "high_90": _rounded(bounds.high90),
             **_by_method(contrast.estimate),
-            "p": _rounded(contrast.estimate.p, 6), "holm_p": _rounded(contrast.holm_p, 6),
+            "p": _rounded(bounds.p, 6), "holm_p": _rounded(contrast.holm_p, 6),
             "verdict": contrast.verdict,
         }
         for contrast in contrasts.all
+        for bounds in [contrast.estimate.bounds]
     ]  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def winners(sweep: Sweep, contrasts: Contrasts) -> dict[str, list[str]]:
     found = {}
     cells = {task: {a: primary_cell(sweep, task, a) for a in sweep.plan.arms} for task in sweep.plan.tasks}
     if len(sweep.plan.tasks) > 1:
-        cells["average"] = {arm: averages(sweep, arm).here for arm in sweep.plan.arms}
+        cells[AVERAGE] = {arm: averages(sweep, arm).here for arm in sweep.plan.arms}
     for task, own in cells.items():
         means = {arm: cell.mean for arm, cell in own.items() if cell.is_whole and cell.mean is not None}
         found[task] = best_of(contrasts, task, means) if len(means) > 1 else []
@@ -186,7 +187,7 @@ def latex(sweep: Sweep, contrasts: Contrasts) -> str:
     head = [
         "arm",
         *(task_heading(sweep, task) for task in sweep.plan.tasks),
-        *(["average"] if several else []),
+        *([AVERAGE] if several else []),
     ]
     lines = [
         f"% {escape_markdown(sweep.plan.name)}: mean ± standard deviation over seeds, in points. "
@@ -199,7 +200,7 @@ def latex(sweep: Sweep, contrasts: Contrasts) -> str:
     for arm in sweep.plan.arms:
         cells = {task: primary_cell(sweep, task, arm) for task in sweep.plan.tasks}
         if several:
-            cells["average"] = averages(sweep, arm).here
+            cells[AVERAGE] = averages(sweep, arm).here
         row = [escape_latex(arm)]
         for task, cell in cells.items():
             text = escape_latex(cell.text())
