@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from adalora_fast.bench.cli import Bench
+from adalora_fast.environment import is_no_room
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -324,10 +325,11 @@ def main(arguments: list[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return command.run(Console()) or 0
-    except (ValueError, OSError) as error:
-        if not _is_about_input(error):
+    except Exception as error:
+        message = _for_the_user(error)
+        if message is None:
             raise
-        print(f"adalora-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"adalora-fast: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("adalora-fast: interrupted; the same command goes on", file=sys.stderr)
@@ -344,9 +346,12 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _is_about_input(error: Exception) -> bool:
-    """Errors that this package raises itself say what to do; one from deeper down is a defect and keeps its
-    traceback.
+def _for_the_user(error: Exception) -> str | None:
+    """Errors that this package raises itself say what to do, and so is a full disk no defect, whoever met it.
+    None for the others, which keep their traceback.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(PACKAGE)
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    own = isinstance(error, ValueError | OSError) and Path(place).is_relative_to(PACKAGE)
+    if is_no_room(error) and (not own or getattr(error, "errno", None)):
+        return f"there is no room left to write ({error}); make some, and the same command goes on"
+    return str(error) if own else None

@@ -1,5 +1,6 @@
 """What a result needs beside it (versions, commit, machine, command), and writing it whole or not at all."""
 
+import errno
 import json
 import os
 import platform
@@ -92,6 +93,20 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether this came of a full disk or quota, whatever library made it of that."""
+    causes = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    signs = ("No space left", "os error 28", "quota exceeded", "inline_container")  # the last is torch.save's
+    return any(
+        getattr(cause, "errno", None) in numbers or any(sign in str(cause) for sign in signs)
+        for cause in causes
+    )
 
 
 @contextmanager

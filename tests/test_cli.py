@@ -381,6 +381,28 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         cli.main(["demo"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),  # torch.save
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_a_full_disk_is_no_defect(monkeypatch, capsys, error):
+    def fail(**options):
+        raise error
+
+    monkeypatch.setattr("adalora_fast.experiments.demo.run_demo", fail)
+    code, _, err = run(capsys, ["demo"])
+    assert (
+        code == 2
+        and err.startswith("adalora-fast: there is no room left to write (")
+        and "\n" not in err[:-1]
+    )
+    assert err.endswith("); make some, and the same command goes on\n")
+
+
 def test_an_interruption(monkeypatch, capsys):
     def stop(**options):
         raise KeyboardInterrupt

@@ -63,9 +63,4 @@ def header(runs: list[SavedRun], settings: RunSettings, precision: str) -> dict[
 
 def of_split(part: Split | QuestionSplit, split: str | None, task: Task) -> dict[str, Any]:
     """Which rows, for result files."""
-    return {
-        "split": split or task.evaluation[0],
-        "rows": len(part),
-        "source": part.source,
-        "sample": part.sample,
-    }
+    return {"split": split or task.evaluation[0], **part.described}

@@ -164,10 +164,7 @@ class RowSet:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Rows and source of every part, for result files."""
-        return {
-            name: {"rows": len(part), "source": part.source, "sample": part.sample}
-            for name, part in self.parts.items()
-        }
+        return {name: part.described for name, part in self.parts.items()}
 
 
 def tokens_for(device: torch.device) -> int:

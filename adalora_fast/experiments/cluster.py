@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def on_cluster(
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(run_remotely)
         submit = partial(remote.remote, command=sys.argv)
+        began = time.monotonic()
         waiting = {submit(asdict(run.settings), str(run.path)): run for run in runs}
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1)
@@ -69,7 +71,9 @@ def on_cluster(
                 line = f"{run.name}: failed: {type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
             else:
                 run.failure.unlink(missing_ok=True)
-            console.print(f"[{len(runs) - len(waiting)}/{len(runs)}] {line}", highlight=False, markup=False)
+            done = len(runs) - len(waiting)
+            left = str(timedelta(seconds=round((time.monotonic() - began) / done * len(waiting))))
+            console.print(f"[{done}/{len(runs)}, {left} left] {line}", highlight=False, markup=False)
     finally:
         if started:
             ray.shutdown()

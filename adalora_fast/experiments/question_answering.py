@@ -60,7 +60,7 @@ class QuestionAnswering:
     def describe(self) -> dict[str, dict[str, Any]]:
         described = {}
         for name, split in self.splits.items():
-            described[name] = {"rows": len(split), "source": split.source, "sample": split.sample}
+            described[name] = split.described
             if self.unanswerable:
                 described[name]["unanswerable"] = sum(not answers["text"] for answers in split.answers)
         return described

@@ -204,6 +204,11 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise ValueError(
             f"recipe {path} must hold objects under tasks and arms, one for each name; see the package's own"
         )
+    for name, kind in (("tasks", str), ("arms", str), ("seeds", int)):
+        values = content.get("grid", {}).get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            wanted = "integers" if kind is int else "names"
+            raise ValueError(f"recipe {path}: {name} of the grid is {values!r}; give a list of {wanted}")
     return content
 
 

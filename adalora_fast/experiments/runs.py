@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from adalora_fast.environment import environment, write_json, writing_to
 
@@ -147,15 +147,21 @@ class RunFolder:
         """result.json of a complete run; ValueError where it is none."""
         return read_result(self.path)
 
-    def start(self) -> None:
-        """Make the working folder, with config.json in it; one left by an interrupted run is taken over."""
+    def start(self, *, resumes: bool = False) -> None:
+        """Make the working folder, with config.json in it. One left by an interrupted run is taken over; a
+        run that `resumes` adds where it goes on to what is written there.
+        """
         if not is_main_process():
             return
+        file = self.working / "config.json"
         with writing_to(self.path):
             self.working.mkdir(parents=True, exist_ok=True)
-            if not (self.working / "config.json").is_file():
-                config = {"settings": asdict(self.settings), "environment": environment()}
-                write_json(self.working / "config.json", config)
+            here = environment()
+            if resumes and file.is_file():
+                before = read_object(file)
+                write_json(file, before | {"resumed": [*before.get("resumed", []), here]})
+            else:
+                write_json(file, {"settings": asdict(self.settings), "environment": here})
 
     def abandon(self) -> None:
         """Remove the working folder of a run that could not begin: the corrected one needs its place."""
@@ -174,14 +180,12 @@ class RunFolder:
         )
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json, remove what was only needed for resuming, and give the folder its name."""
+        """Write result.json, give the folder its name, and remove what was only needed for resuming: last,
+        because a run that is killed meanwhile is complete.
+        """
         write_json(self.working / "result.json", result)
-        if self.checkpoints.is_dir():  # renamed first: one that is half gone must not be resumed from
-            gone = self.working / "gone"
-            shutil.rmtree(gone, ignore_errors=True)
-            self.checkpoints.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
         self.working.rename(self.path)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
 
 @contextmanager
@@ -194,13 +198,31 @@ def _lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"another process is at work on {path.parent}; wait for it") from None
-        if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+        if not _is_still(path, file):
             # Its owner has just finished and taken the file away: this lock keeps nobody off.
             raise BlockingIOError(f"another process has just worked on {path.parent}; try again")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process reads and changes what all runs in this folder share."""
+    there = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(there, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(there)
 
 
 def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
@@ -212,7 +234,7 @@ def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
     for existing in (folder.path, folder.working):
         if (existing / "config.json").is_file():
             there = _settings_in(existing)
-            difference = there and first_difference(_completed(there), _as_json(settings))
+            difference = there and first_difference(_completed(there), _completed(_as_json(settings)))
             if difference is not None:
                 raise ValueError(
                     f"{existing} holds a run with {difference}; choose another --output or delete it"
@@ -242,10 +264,14 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of settings that came later than the run."""
+    """With the defaults of settings that came later than the run, and the data's folder as seen from here:
+    results that are committed name it relative to the repository.
+    """
     recipe = settings.get("recipe")
     recipe = _as_json(Recipe()) | recipe if isinstance(recipe, dict) else recipe
-    return _as_json(RunSettings(task="", model="")) | settings | {"recipe": recipe}
+    settings = _as_json(RunSettings(task="", model="")) | settings | {"recipe": recipe}
+    data_dir = settings["data_dir"]
+    return settings | {"data_dir": os.path.abspath(data_dir) if isinstance(data_dir, str) else data_dir}
 
 
 def _as_json(settings: RunSettings | Recipe) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One training run: from what the user asked for to a folder, with every mistake found before training."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def run_single(
     settings = RunSettings(
         task=task.name,
         model=whole_path(model),
-        data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
+        data_dir=None if data_dir is None else os.path.abspath(data_dir.expanduser()),
         **options,
     )
     settings = replace(settings, recipe=load_recipe(recipe, task.name, settings.arm, **overrides))

@@ -166,6 +166,8 @@ def _checked_answers(answers: Any, context: str) -> dict[str, list]:
     if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
         raise ValueError(f"answers is {answers!r:.60}, not a struct of the lists text and answer_start")
     texts, starts = answers["text"] or [], answers["answer_start"] or []
+    if not isinstance(texts, list) or not isinstance(starts, list):
+        raise ValueError(f"answers is {answers!r:.60}, not a struct of the lists text and answer_start")
     if len(texts) != len(starts):
         raise ValueError(f"{len(texts)} answers have {len(starts)} places")
     found = []

@@ -47,8 +47,8 @@ def decode(
 ) -> list[Answer]:
     """The best spans of every question, from logits [W, L] of W windows; L is at least their longest length.
 
-    As in BERT's scripts: a span goes from one of the `n_best` highest starts of a window to one of its
-    `n_best` highest ends, has at most `max_answer_length` tokens, and scores start logit + end logit; the
+    As in Hugging Face's `run_qa`: a span goes from one of the `n_best` highest starts of a window to one of
+    its `n_best` highest ends, has at most `max_answer_length` tokens, and scores start logit + end logit; the
     best of all windows counts. "No answer" scores the sum at [CLS], the lowest of all windows, and is the
     answer where that is higher and `unanswerable` is true.
 

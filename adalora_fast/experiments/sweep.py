@@ -29,7 +29,16 @@ from .bottleneck import check_bottlenecks
 from .models import resolve_model
 from .progress import TrainingProgress
 from .recipes import GRID, model_of, read_recipe, recipe_of
-from .runs import RunFolder, RunSettings, failure_of, first_difference, open_run, read_json, read_object
+from .runs import (
+    RunFolder,
+    RunSettings,
+    alone_in,
+    failure_of,
+    first_difference,
+    open_run,
+    read_json,
+    read_object,
+)
 from .single import start_run, whole_path
 from .tasks import get_task
 from .tuning import Tuning, diverged
@@ -92,13 +101,15 @@ class Plan:
 
     def runs(self, output: Path, rates: dict[str, dict[str, float]] | None = None) -> list[Planned]:
         """Every run, seed after seed, so that an unfinished sweep has whole comparisons. `rates` gives the
-        learning rate that was chosen for [task][arm].
+        learning rate that was chosen for [task][arm]; where there is none, there is no run.
         """
         planned = []
         for task in self.tasks:
             for seed in self.seeds:
                 for arm in self.arms:
-                    own = {"learning_rate": rates[task][arm]} if rates else {}
+                    if rates is not None and arm not in rates[task]:
+                        continue
+                    own = {"learning_rate": rates[task][arm]} if rates is not None else {}
                     settings = self.settings(task, arm, seed, **own)
                     planned.append(Planned(settings=settings, path=output / task / f"{arm}-seed{seed}"))
         return planned
@@ -194,7 +205,7 @@ def make_plan(
         content=content,
         model=whole_path(model),
         tuning=Tuning.of(content.get("tuning")) if tune else None,
-        data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
+        data_dir=None if data_dir is None else os.path.abspath(data_dir.expanduser()),
         overrides=overrides or {},
         options=options or {},
         **parts,
@@ -211,10 +222,16 @@ def write_plan(plan: Plan, output: Path) -> None:
     which is noted with the date. The recipe may grow with it, by the settings of a new arm or task; what it
     says of a run that was planned already may not change, nor may anything else.
     """
-    path, described = output / "plan.json", plan.described()
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with alone_in(output):
+        _write_plan(plan.described(), output)
+
+
+def _write_plan(described: dict[str, Any], output: Path) -> None:
+    path = output / "plan.json"
     if not path.is_file():
         with writing_to(output):
-            output.mkdir(parents=True, exist_ok=True)
             write_json(path, described | {"environment": environment(), "amended": []})
         return
     described = json.loads(json.dumps(described))
@@ -237,7 +254,7 @@ def write_plan(plan: Plan, output: Path) -> None:
 
 
 def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = None) -> int:
-    """Do what is left of the sweep; the number of runs that failed."""
+    """Do what is left of the sweep; the number of runs that failed, or had no learning rate to begin with."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "a sweep is not for torchrun; start its command several times, or give --ray, and each process "
@@ -262,7 +279,11 @@ def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = N
             ): run.path
             for run in runs
         }
-        rates = plan.tuning.choose(output, places, plan.tasks, plan.arms)
+        with alone_in(output):
+            rates, without = plan.tuning.choose(output, places, plan.tasks, plan.arms)
+        for reason in without:
+            console.print(f"failed: {reason}", highlight=False, markup=False, soft_wrap=True)
+        failed += len(without) * len(plan.seeds)
     failed += carry_out(plan.runs(output, rates), console, ray=ray, title="sweep")
     return failed
 
@@ -303,7 +324,7 @@ def one_by_one(
     while runs:
         busy = []
         for run in runs:
-            if run.folder.is_complete or (run.failure.is_file() and run.failure.stat().st_mtime >= began):
+            if run.folder.is_complete or _failed_since(run, began):
                 progress.finish_run(f"{run.name}: done by another process")
                 continue
             try:
@@ -316,6 +337,13 @@ def one_by_one(
         if busy and len(busy) == len(runs):
             time.sleep(WAIT_SECONDS)
         runs = busy
+
+
+def _failed_since(run: Planned, began: float) -> bool:
+    try:
+        return run.failure.stat().st_mtime >= began
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

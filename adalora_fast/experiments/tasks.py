@@ -12,12 +12,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import pyarrow
 
 HUB_DATASET = "nyu-mll/glue"
+FROM_TRAIN = "_from_train_sample"  # ends the name of a split that is cut out of the training data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Task:
 
     `kind` is classification, regression, question_answering or translation (`text_columns` are then the
     languages, from the first to the second). `labels` are the class names in the order of their codes; only a
-    classification has any. The first of `metrics` is the one by which results are
-    compared; `evaluation` names the splits that are evaluated.
+    classification has any. `label_range` is that of a regression's numbers. The first of `metrics` is the one
+    by which results are compared; `evaluation` names the splits that are evaluated.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     evaluation: tuple[str, ...] = ("validation",)
     hub_dataset: str = HUB_DATASET
     hub_name: str = ""
+    label_range: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def is_regression(self) -> bool:
@@ -90,6 +92,7 @@ TASKS: dict[str, Task] = {
             labels=(),
             metrics=("pearson_spearman", "pearson", "spearman"),
             kind="regression",
+            label_range=(0.0, 5.0),
         ),
         Task(
             name="mnli",
@@ -128,9 +131,15 @@ TASKS: dict[str, Task] = {
 
 
 class Rows(ABC):
-    """What every split of data can do with its rows; a frozen dataclass with a field `sample`."""
+    """What every split of data can do with its rows; a frozen dataclass with these fields."""
 
+    source: str
     sample: bool
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What result files say of it."""
+        return {"rows": len(self), "source": self.source, "sample": self.sample}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -150,6 +159,11 @@ class Rows(ABC):
         if count is None or count >= len(self):
             return self
         return replace(self.select(some_rows(len(self), count)), sample=True)
+
+    def without(self, others: "Rows") -> Self:
+        """The rows whose key is none of theirs."""
+        theirs = set(others.keys)
+        return self.select([row for row, key in enumerate(self.keys) if key not in theirs])
 
     def hold_out(self, fraction: float) -> tuple[Self, Self]:
         """(the rest, about `fraction` of the rows), always the same ones, no key on both sides."""
@@ -260,7 +274,7 @@ def read_table(
 def find_split_file(task: Task, split: str, data_dir: Path) -> Path:
     """`<split>.parquet`, else a sample of it; FileNotFoundError naming what was looked for."""
     folder = data_dir / task.name
-    names = [f"{split}.parquet", f"{split}_sample.parquet", f"{split}_from_train_sample.parquet"]
+    names = [f"{split}.parquet", f"{split}_sample.parquet", f"{split}{FROM_TRAIN}.parquet"]
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -273,7 +287,7 @@ def _read_parquet(path: Path) -> "pyarrow.Table":
 
     try:
         return pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # OSError: a damaged page
         raise ValueError(
             f"{path} is not readable parquet ({str(error).splitlines()[0]}); write it again"
         ) from error
@@ -285,9 +299,10 @@ def _read_hub(task: Task, split: str) -> "pyarrow.Table":
     try:
         return datasets.load_dataset(*task.hub_address, split=split).data.table
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, offline mode, or nothing cached
+        why = " ".join(str(error).split())[:120]
         raise FileNotFoundError(
-            f"{task.hub_dataset} ({task.name}, {split}) is not reachable; give a local folder "
-            "with --data-dir or ADALORA_FAST_DATA"
+            f"{task.hub_dataset} ({task.name}, {split}) is not reachable ({why}); give a local folder with "
+            "--data-dir or ADALORA_FAST_DATA"
         ) from error
 
 
@@ -297,8 +312,9 @@ def _is_number(value: object, kind: type) -> bool:
 
 def _check_labels(task: Task, labels: list, source: str) -> None:
     if task.is_regression:
-        allowed = "a finite number"
-        bad = [row for row, y in enumerate(labels) if not _is_number(y, int | float) or not math.isfinite(y)]
+        low, high = task.label_range
+        allowed = f"a number from {low:g} to {high:g}"
+        bad = [row for row, y in enumerate(labels) if not _is_number(y, int | float) or not low <= y <= high]
     else:
         allowed = f"an integer from 0 to {task.num_labels - 1}"
         bad = [row for row, y in enumerate(labels) if not _is_number(y, int) or not 0 <= y < task.num_labels]

@@ -89,12 +89,12 @@ def _train(
         model = adapt(model, settings, workload.task)
         data = workload.prepare(tokenizer, settings.recipe)
         check_lengths(data, unadapted(model).config, settings)
-        folder.start()
+        checkpoint = last_whole_checkpoint(folder) if saves else None
+        folder.start(resumes=checkpoint is not None)
         recorder = Recorder(folder, settings, progress)
         trainer = build_trainer(
             model, tokenizer, data, settings, workload, folder, recorder, evaluates=resumable, saves=saves
         )
-        checkpoint = last_whole_checkpoint(folder) if saves else None
         if trainer.args.device.type == "cpu":
             keep_freed_memory()
         gc.collect()

@@ -96,7 +96,7 @@ class Translation:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {
-            name: {"rows": len(split), "source": split.source, "sample": split.sample}
+            name: split.described
             for name, split in self.splits.items()
         }
 

@@ -71,47 +71,52 @@ class Tuning:
         runs: dict[tuple[str, str, float, int], Path],
         tasks: tuple[str, ...],
         arms: tuple[str, ...],
-    ) -> dict[str, dict[str, float]]:
-        """The rate with the best mean result of every [task][arm]; the lower rate wins a tie. Written into
-        tuned.json; what is there already stays as it is.
+    ) -> tuple[dict[str, dict[str, float]], list[str]]:
+        """(the rate with the best mean result of every [task][arm], why some have none). The lower rate wins
+        a tie. The choices are written into tuned.json; what is there already stays as it is.
 
-        `runs` gives the folder of (task, arm, rate, seed). A rate at which a run diverged is not chosen.
+        `runs` gives the folder of (task, arm, rate, seed). A rate at which a run diverged is not chosen, and
+        none is chosen while a run is missing for another reason, or where all diverged.
 
         Raises:
-            ValueError: a run is missing for another reason, every rate of an arm diverged, or a file is
-                damaged.
+            ValueError: a file is damaged.
         """
         path = output / "tuned.json"
         tuned = _read_choices(path) if path.is_file() else {}
+        without = []
         for task in tasks:
             for arm in arms:
                 if arm in tuned.setdefault(task, {}):
                     continue
-                scores = {}
-                for rate in sorted(self.rates(arm)):
-                    folders = [runs[task, arm, rate, seed] for seed in self.seeds]
-                    if any(diverged(folder) for folder in folders):
-                        continue
-                    missing = [folder for folder in folders if not (folder / "result.json").is_file()]
-                    if missing:
-                        raise ValueError(
-                            f"no rate is chosen for {arm} on {task} before {missing[0].name} is there; "
-                            "run the command again"
-                        )
-                    results = [read_result(folder)["primary"] for folder in folders]
-                    scores[rate] = float(np.mean(results))
-                if not scores:
-                    raise ValueError(
-                        f"every learning rate of {list(self.rates(arm))} diverged for {arm} on {task}; "
-                        f"see the .failed.json files in {output / 'tuning' / task}"
-                    )
-                best = max(scores, key=lambda rate: (scores[rate], -rate))
-                tuned[task][arm] = {
-                    "learning_rate": best,
-                    "scores": {f"{rate:g}": score for rate, score in scores.items()},
+                folders = {
+                    rate: [runs[task, arm, rate, seed] for seed in self.seeds] for rate in self.rates(arm)
                 }
-        write_json(path, tuned)
-        return {task: {arm: tuned[task][arm]["learning_rate"] for arm in arms} for task in tasks}
+                try:
+                    tuned[task][arm] = _best(folders)
+                except LookupError as error:
+                    without.append(f"{task}/{arm}: {error.args[0]}")
+        if any(tuned.values()):
+            write_json(path, tuned)
+        return {
+            task: {arm: tuned[task][arm]["learning_rate"] for arm in arms if arm in tuned[task]}
+            for task in tasks
+        }, without
+
+
+def _best(folders: dict[float, list[Path]]) -> dict[str, Any]:
+    """The entry of tuned.json for an arm with these runs; LookupError with the reason where there is none."""
+    scores = {}
+    for rate, of_rate in sorted(folders.items()):
+        if any(diverged(folder) for folder in of_rate):
+            continue
+        missing = next((folder for folder in of_rate if not (folder / "result.json").is_file()), None)
+        if missing is not None:
+            raise LookupError(f"no rate is chosen before {missing.name} is there; run the command again")
+        scores[rate] = float(np.mean([read_result(folder)["primary"] for folder in of_rate]))
+    if not scores:
+        raise LookupError(f"every learning rate of {sorted(folders)} diverged; give it lower ones")
+    best = max(scores, key=lambda rate: (scores[rate], -rate))
+    return {"learning_rate": best, "scores": {f"{rate:g}": score for rate, score in scores.items()}}
 
 
 def diverged(folder: Path) -> bool:

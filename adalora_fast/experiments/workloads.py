@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +20,7 @@ from . import metrics
 from .quiet import without_table_bars
 from .recipes import Recipe
 from .runs import RunSettings
-from .tasks import Rows, Split, Task, get_task, load_split
+from .tasks import FROM_TRAIN, Rows, Split, Task, get_task, load_split
 
 HELD_OUT = "held_out"
 CACHED_ROWS = 20_000  # tokenising fewer takes a few seconds
@@ -74,7 +76,7 @@ class Classification:
     def describe(self) -> dict[str, dict[str, Any]]:
         described = {}
         for name, split in self.splits.items():
-            described[name] = {"rows": len(split), "source": split.source, "sample": split.sample}
+            described[name] = split.described
             counts = split.label_counts
             if len(counts) <= 20:
                 described[name]["label_counts"] = counts
@@ -117,6 +119,9 @@ def load_splits(
         splits["train"], splits[HELD_OUT] = splits["train"].hold_out(settings.held_out)
     else:
         splits |= {name: load(task, name, data_dir) for name in task.evaluation}
+        for name in task.evaluation:
+            if Path(splits[name].source).stem.endswith(FROM_TRAIN):  # and the whole of it may be there, too
+                splits["train"] = splits["train"].without(splits[name])
     return {
         name: split.take(recipe.train_rows if name == "train" else recipe.evaluation_rows)
         for name, split in splits.items()
@@ -141,20 +146,31 @@ def cached(
     """
     if rows < CACHED_ROWS:
         return Dataset.from_dict(encode())
-    parts = json.dumps([content, vocabulary_of(tokenizer), settings], sort_keys=True, default=str)
+    made_by = [vocabulary_of(tokenizer), tokenizer.model_input_names, tokenizer.padding_side]
+    parts = json.dumps([content, made_by, settings], sort_keys=True, default=str)
     folder = Path(os.environ.get("ADALORA_FAST_CACHE", "~/.cache/adalora_fast")).expanduser()
     path = folder / f"tokens-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
     if not path.is_dir():
         draft = path.with_name(f".{path.name}.{os.getpid()}")
+        _remove_old_drafts(folder)
         with writing_to(folder, "set ADALORA_FAST_CACHE to another folder", "keep tokens in"):
             folder.mkdir(parents=True, exist_ok=True)
-            with without_table_bars():
-                Dataset.from_dict(encode()).save_to_disk(draft)
-        try:
-            draft.rename(path)
-        except OSError:  # another process was first
-            shutil.rmtree(draft, ignore_errors=True)
+            try:
+                with without_table_bars():
+                    Dataset.from_dict(encode()).save_to_disk(draft)
+                with suppress(OSError):  # another process was first
+                    draft.rename(path)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     return Dataset.load_from_disk(path)
+
+
+def _remove_old_drafts(folder: Path) -> None:
+    """Those of processes that were killed: none is written for longer than a day."""
+    for draft in folder.glob(".tokens-*"):
+        with suppress(OSError):
+            if draft.stat().st_mtime < time.time() - 86_400:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def vocabulary_of(tokenizer: Any) -> Any:

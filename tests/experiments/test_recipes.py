@@ -167,7 +167,18 @@ def test_an_unknown_part_of_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "3", "null", '{"defaults": []}', '{"tasks": {"mrpc": 3}}', '{"tasks": []}'],
+    [
+        "[]",
+        "3",
+        "null",
+        '{"defaults": []}',
+        '{"tasks": {"mrpc": 3}}',
+        '{"tasks": []}',
+        '{"grid": {"arms": [1]}}',
+        '{"grid": {"tasks": [["sst2"]]}}',
+        '{"grid": {"tasks": "sst2"}}',
+        '{"grid": {"seeds": 5}}',
+    ],
 )
 def test_json_of_the_wrong_shape(tmp_path, content):
     with pytest.raises(ValueError, match=r"mine\.json"):

@@ -1,13 +1,15 @@
 """Run folders: complete or not there, never half."""
 
 import json
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 
 from adalora_fast.experiments import runs
 from adalora_fast.experiments.recipes import Recipe
-from adalora_fast.experiments.runs import RunSettings, open_run
+from adalora_fast.experiments.runs import RunSettings, alone_in, open_run, read_json
 
 SETTINGS = RunSettings(task="sst2", model="tiny")
 OTHER = {
@@ -106,16 +108,54 @@ def test_a_run_of_before_a_setting_existed_has_its_default(tmp_path):
         open_run(path, replace(SETTINGS, recipe=replace(SETTINGS.recipe, bottleneck=8)))
 
 
-def test_an_interrupted_run_is_taken_over_with_its_config(tmp_path):
+def test_an_interrupted_run_is_taken_over(tmp_path, monkeypatch):
+    """Its config.json says under what it was begun, and under what it went on."""
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "old"})
     folder = open_run(tmp_path / "run", SETTINGS)
     folder.start()
-    before = (folder.working / "config.json").read_text()
     (folder.working / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(runs, "environment", lambda: {"commit": "new"})
     again = open_run(tmp_path / "run", SETTINGS)
-    again.start()
-    assert not again.is_complete
-    assert (again.working / "config.json").read_text() == before
-    assert names(again.working) == ["config.json", "metrics.jsonl"]
+    again.start(resumes=True)
+    assert not again.is_complete and names(again.working) == ["config.json", "metrics.jsonl"]
+    config = read_json(again.working / "config.json")
+    assert config["environment"] == {"commit": "old"} and config["resumed"] == [{"commit": "new"}]
+    again.start()  # begun again from its first step: nothing of it is the old one's
+    assert read_json(again.working / "config.json").keys() == {"settings", "environment"}
+    assert read_json(again.working / "config.json")["environment"] == {"commit": "new"}
+
+
+def test_a_run_that_is_killed_while_it_cleans_up_is_complete(tmp_path, monkeypatch):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    folder = open_run(tmp_path / "run", SETTINGS)
+    folder.start()
+    folder.checkpoints.mkdir()
+    monkeypatch.setattr(runs.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.finish({"primary": 0.5})
+    assert open_run(tmp_path / "run", SETTINGS).result == {"primary": 0.5}
+
+
+def test_data_are_the_same_wherever_they_are_named_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = replace(SETTINGS, data_dir="../data")
+    folder = open_run("run", relative)
+    folder.start()
+    folder.finish({"primary": 0.5})
+    assert open_run("run", replace(SETTINGS, data_dir=str(tmp_path.parent / "data"))).is_complete
+    with pytest.raises(ValueError, match="data_dir"):
+        open_run("run", replace(SETTINGS, data_dir=str(tmp_path / "data")))
+
+
+def test_one_process_at_a_time_changes_what_all_share(tmp_path):
+    with alone_in(tmp_path):
+        there = f"os.open({str(tmp_path)!r}, os.O_RDONLY)"
+        code = f"import fcntl, os; fcntl.flock({there}, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        kept_off = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "BlockingIOError" in kept_off.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0 and names(tmp_path) == []
 
 
 def test_a_file_in_the_way(tmp_path):

@@ -106,6 +106,10 @@ def test_moves_an_answer_to_where_it_is(tmp_path, given_answer, found):
         ),
         ({"answers": [answer("old", 4), {"text": [], "answer_start": []}]}, "row 1 has no answer"),
         ({"answers": ["old", "new"]}, "row 0: answers is 'old', not a struct"),
+        (
+            {"answers": [{"text": "old", "answer_start": 4}] * 2},
+            "row 0: answers is .*, not a struct of the lists",
+        ),
     ],
 )
 def test_names_the_row_that_is_wrong(tmp_path, columns, message):

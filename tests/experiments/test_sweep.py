@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,27 @@ def test_processes_share_the_runs(plan, tmp_path, pretend, monkeypatch):
     assert (
         pretend.ran[0].startswith("sensitivity-0") and len(pretend.ran) == 4
     )  # the first came to a locked door
+
+
+def test_a_plan_is_read_and_changed_by_one_process_at_a_time(plan, tmp_path, pretend, monkeypatch):
+    """Else what one adds is lost where another has read the plan before and writes it after."""
+    carry_out(plan(), tmp_path / "out")
+    alone = []
+
+    @contextmanager
+    def watched(folder):
+        alone.append(folder)
+        yield
+        alone.pop()
+
+    def read(path):
+        assert path.name != "plan.json" or alone == [tmp_path / "out"]
+        return read_json(path)
+
+    monkeypatch.setattr(sweep, "alone_in", watched)
+    monkeypatch.setattr(sweep, "read_json", read)
+    assert carry_out(plan(seeds=[0, 1, 2]), tmp_path / "out")[0] == 0
+    assert read_json(tmp_path / "out" / "plan.json")["seeds"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

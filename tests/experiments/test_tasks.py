@@ -131,10 +131,10 @@ def test_the_highest_label_of_three(tmp_path):
     assert load_split(TASKS["mnli"], "train", tmp_path).label_counts == {"0": 1, "1": 1, "2": 1}
 
 
-@pytest.mark.parametrize("label", [None, float("nan"), float("inf")])
-def test_a_score_that_is_no_number(tmp_path, label):
-    write(tmp_path, "train", "stsb", sentence1=["a", "b"], sentence2=["a", "b"], label=[1.0, label])
-    with pytest.raises(ValueError, match=r"row 1: label .* is not a finite number"):
+@pytest.mark.parametrize("label", [None, float("nan"), float("inf"), -1.0, 5.1])  # -1: a hidden test label
+def test_a_score_that_is_none(tmp_path, label):
+    write(tmp_path, "train", "stsb", sentence1=["a", "b"], sentence2=["a", "b"], label=[5.0, label])
+    with pytest.raises(ValueError, match=r"row 1: label .* is not a number from 0 to 5"):
         load_split(TASKS["stsb"], "train", tmp_path)
 
 
@@ -183,6 +183,15 @@ def test_what_is_not_parquet(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_page(tmp_path):
+    path = tmp_path / "sst2" / "train.parquet"
+    rows(tmp_path, ["some words", "other words"] * 50, [0, 1] * 50)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20] + b"\xff" * 40 + whole[60:])
+    with pytest.raises(ValueError, match=r"train\.parquet is not readable parquet \(.+\); write it again"):
+        load_split(SST2, "train", tmp_path)
+
+
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     rows(tmp_path / "data", ["a"], [0])
@@ -199,9 +208,8 @@ def test_the_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        FileNotFoundError, match=r"nyu-mll/glue .* not reachable; give a local folder with --data-dir"
-    ):
+    said = r"nyu-mll/glue .* not reachable \(no network\); give a local folder with --data-dir"
+    with pytest.raises(FileNotFoundError, match=said):
         load_split(SST2, "train", None)
     assert asked == [(("nyu-mll/glue", "sst2"), {"split": "train"})]
 

@@ -56,8 +56,9 @@ def test_no_rate_is_chosen_before_every_run_is_there(plan, tmp_path, pretend):
 
     pretend.does["lora"] = score
     tuned = plan(content={"tuning": TUNING}, tune=True, arms=["lora"])
-    with pytest.raises(ValueError, match=r"for lora on sst2 before lora-lr0\.004-seed8 is there"):
-        carry_out(tuned, tmp_path / "out")
+    failed, said = carry_out(tuned, tmp_path / "out")
+    assert failed == 1 + 2  # that run, and the two seeds that wait for it
+    assert "sst2/lora: no rate is chosen before lora-lr0.004-seed8 is there; run the command again" in said
     assert not (tmp_path / "out" / "tuned.json").exists()
     pretend.does["lora"] = lambda settings: settings.recipe.learning_rate
     assert carry_out(tuned, tmp_path / "out")[0] == 0
@@ -65,12 +66,19 @@ def test_no_rate_is_chosen_before_every_run_is_there(plan, tmp_path, pretend):
 
 
 def test_no_rate_works(plan, tmp_path, pretend):
+    """The other arms go on."""
+
     def fail(settings):
         raise ValueError("it diverged")
 
     pretend.does["lora"] = fail
-    with pytest.raises(ValueError, match=r"every learning rate of .* diverged for lora on sst2"):
-        carry_out(plan(content={"tuning": TUNING}, tune=True, arms=["lora"]), tmp_path / "out")
+    tuned = plan(content={"tuning": TUNING}, tune=True, arms=["lora", "sensitivity"])
+    failed, said = carry_out(tuned, tmp_path / "out")
+    assert failed == 2 and "sst2/lora: every learning rate of [0.001, 0.002, 0.004] diverged" in said
+    assert sorted(path.name for path in (tmp_path / "out" / "sst2").glob("*-seed?")) == [
+        "sensitivity-seed0", "sensitivity-seed1",
+    ]  # fmt: skip
+    assert list(read_json(tmp_path / "out" / "tuned.json")["sst2"]) == ["sensitivity"]
 
 
 def test_an_arm_may_have_a_grid_of_its_own(plan, tmp_path, pretend):

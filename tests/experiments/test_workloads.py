@@ -1,15 +1,20 @@
 """From settings to tables for the Trainer, and from the model's outputs to metrics and predictions."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from adalora_fast.experiments import workloads
 from adalora_fast.experiments.encoders import load_model
 from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.workloads import cached, load_workload
+from adalora_fast.experiments.tasks import Split
+from adalora_fast.experiments.workloads import cached, load_workload, tokenize
 from tests.experiments.tiny import RECIPE, write_parquet, write_sst2
 
 
@@ -90,6 +95,45 @@ def test_a_long_table_is_tokenised_once(tokenizer, tmp_path, monkeypatch):
     assert len(table(length=3)[0]["input_ids"]) == 3 and made == [16, 3]  # other settings, another table
     table(texts=["the moon", "old bread", "big soup"])
     assert len(made) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_tokenizer_that_names_other_inputs_makes_another_table(tmp_path, monkeypatch):
+    """BERT's and DistilBERT's have one vocabulary, and only BERT reads segments."""
+    monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(workloads, "CACHED_ROWS", 1)
+    fast = Tokenizer(WordLevel({"[UNK]": 0, "moon": 1, "[PAD]": 2}, unk_token="[UNK]"))
+    split = Split(texts=(["moon"],), labels=[1], source="", sample=False)
+    found = []
+    for names in (["input_ids", "attention_mask"], ["input_ids", "token_type_ids", "attention_mask"]):
+        own = PreTrainedTokenizerFast(tokenizer_object=fast, model_input_names=names)
+        found.append(set(tokenize(split, own, 8).column_names) - {"labels"} == set(names))
+    assert found == [True, True]
+
+
+def test_a_table_that_could_not_be_kept_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    def full(table, folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    killed = tmp_path / ".tokens-half.17"
+    killed.mkdir()
+    os.utime(killed, (0, 0))
+    (tmp_path / ".tokens-at-work.18").mkdir()
+    monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(workloads, "CACHED_ROWS", 1)
+    monkeypatch.setattr(workloads.Dataset, "save_to_disk", full)
+    with pytest.raises(OSError, match=r"cannot keep tokens in .* \(No space left on device\); set ADALORA"):
+        cached(lambda: {"a": [1]}, 1, ["x"], tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == [".tokens-at-work.18"]
+
+
+def test_what_is_evaluated_is_not_trained_on(tmp_path):
+    """A development set that is cut out of the training data may lie beside all of them."""
+    rows = {"sentence": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
+    write_parquet(tmp_path / "sst2" / "train.parquet", **rows)
+    write_parquet(tmp_path / "sst2" / "validation_from_train_sample.parquet", sentence=["b"], label=[1])
+    work = load_workload(settings(tmp_path))
+    assert work.splits["train"].texts == (["a", "c", "d"],) and work.splits["train"].labels == [0, 0, 1]
 
 
 def test_a_cache_that_cannot_be_written(tokenizer, tmp_path, monkeypatch):
