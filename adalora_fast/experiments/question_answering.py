@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .metrics.squad import evaluate_v1, evaluate_v2, per_question
+from .metrics.squad_core import evaluate_v1, evaluate_v2, per_question
 from .recipes import Recipe
 from .runs import RunSettings
 from .squad import EvaluationFeatures, QuestionSplit, evaluation_features, load_questions, training_features

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from . import glue, translation
+from . import glue_core, translation
 
 Statistic = Callable[[np.ndarray | None, np.ndarray, np.ndarray], np.ndarray]
 
@@ -91,11 +91,11 @@ def counts_of(indices: np.ndarray, size: int) -> np.ndarray:
 def statistic(name: str) -> Statistic:
     """The function f(labels [N], predictions [N], counts [B, N]) -> [B] of a metric, in float64.
 
-    f(...)[b] is the metric of the examples repeated counts[b] times: the value that `glue.METRICS[name]`
+    f(...)[b] is the metric of the examples repeated counts[b] times: the value that `METRICS[name]`
     gives for np.repeat(labels, counts[b]) and np.repeat(predictions, counts[b]), undefined cases included.
     The counts are whole numbers, of any dtype; rows need not have equal sums.
 
-    Names: those of `glue.METRICS`, and "mean" (also called "exact_match"), the weighted mean of one score per
+    Names: those of `METRICS`, and "mean" (also called "exact_match"), the weighted mean of one score per
     example in `predictions`, whose labels are not looked at and may be None: it is the statistic of both
     per-question scores of question answering. ("f1" is the F1 of class 1 of a classification.) "bleu" is
     corpus BLEU of the counts [N, 10] of `translation.bleu_statistics` as predictions, without labels, too.
@@ -110,7 +110,7 @@ def statistic(name: str) -> Statistic:
     checked = (
         translation.checked_statistics
         if kernel is _bleu
-        else partial(glue.checked_column, name="predictions")
+        else partial(glue_core.checked_column, name="predictions")
     )
 
     def evaluate(labels: np.ndarray | None, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -118,10 +118,10 @@ def statistic(name: str) -> Statistic:
         if labelled:
             if labels is None:
                 raise ValueError(f'{name} compares with labels; the mean of per-example scores is "mean"')
-            labels = glue.checked_column(labels, "labels")
-            glue.check_lengths(labels, predictions)
+            labels = glue_core.checked_column(labels, "labels")
+            glue_core.check_lengths(labels, predictions)
             if name == "f1":
-                glue.check_binary(labels, predictions)
+                glue_core.check_binary(labels, predictions)
         counts = _checked_counts(counts, len(predictions))
         rows = max(1, _BLOCK // len(predictions))
         blocks = [counts[start : start + rows].astype(np.float64) for start in range(0, len(counts), rows)]
@@ -249,7 +249,7 @@ def _explicitly(metric: Callable[[np.ndarray, np.ndarray], float]) -> Statistic:
 
     def evaluate(labels: np.ndarray | None, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
         labels = np.asarray(labels)
-        glue.check_lengths(labels, predictions)
+        glue_core.check_lengths(labels, predictions)
         counts = _checked_counts(counts, len(predictions))
         rows = (np.repeat(np.arange(len(row)), row) for row in counts)
         return np.array([float(metric(labels[row], predictions[row])) for row in rows])

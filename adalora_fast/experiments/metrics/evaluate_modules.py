@@ -18,15 +18,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from . import glue as _glue
-from . import squad as _squad
+from . import glue_core, squad_core
 
 try:
     import evaluate
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "Hugging Face's evaluate is not installed; pip install evaluate, or use "
-        "adalora_fast.experiments.metrics.glue and .squad, which do without"
+        "adalora_fast.experiments.metrics.glue_core and .squad_core, which do without"
     ) from error
 
 # Names that Hugging Face's GLUE metric gives to ours.
@@ -150,7 +149,7 @@ class Glue(_OfflineMetric):
     def _column(self, values: Any, name: str) -> list:
         if not len(values):
             return []
-        column = _glue.checked_column(values, name)
+        column = glue_core.checked_column(values, name)
         if self.config_name == "stsb":
             return column.tolist()
         bad = np.flatnonzero(column != np.floor(column))
@@ -163,7 +162,7 @@ class Glue(_OfflineMetric):
     def _compute(self, *, predictions: list, references: list) -> dict[str, float]:
         labels, predicted = np.asarray(references), np.asarray(predictions)
         names = GLUE_METRICS[self.config_name]
-        return {_OUTPUT_NAMES.get(name, name): _glue.METRICS[name](labels, predicted) for name in names}
+        return {_OUTPUT_NAMES.get(name, name): glue_core.METRICS[name](labels, predicted) for name in names}
 
 
 _ANSWERS = {
@@ -222,7 +221,7 @@ class Squad(_OfflineMetric):
         return rows, references
 
     def _compute(self, *, predictions: list, references: list) -> dict[str, float]:
-        return _squad.evaluate_v1(_by_id(predictions, "prediction_text"), _golds(references))
+        return squad_core.evaluate_v1(_by_id(predictions, "prediction_text"), _golds(references))
 
 
 class SquadV2(Squad):
@@ -235,7 +234,7 @@ class SquadV2(Squad):
         self, *, predictions: list, references: list, no_answer_threshold: float = 1.0
     ) -> dict[str, float | int]:
         texts, scores = _by_id(predictions, "prediction_text"), _by_id(predictions, "no_answer_probability")
-        return _squad.evaluate_v2(texts, _golds(references), scores, no_answer_threshold)
+        return squad_core.evaluate_v2(texts, _golds(references), scores, no_answer_threshold)
 
 
 def _fields(row: Any, number: int, names: tuple[str, ...], kind: str) -> dict[str, Any]:

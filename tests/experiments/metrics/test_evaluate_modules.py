@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adalora_fast.experiments import metrics
-from adalora_fast.experiments.metrics import bootstrap, glue, squad
+from adalora_fast.experiments.metrics import bootstrap, glue_core, squad_core
 from adalora_fast.experiments.tasks import TASKS
 
 MODULE = "adalora_fast.experiments.metrics.evaluate_modules"
@@ -109,7 +109,7 @@ def test_squad_v2_is_the_core():
     golds = {row["id"]: row["answers"]["text"] for row in REFERENCES}
     scores = {row["id"]: row["no_answer_probability"] for row in PREDICTIONS}
     found = modules.squad_v2().compute(predictions=PREDICTIONS, references=REFERENCES)
-    assert found == squad.evaluate_v2(texts, golds, scores)
+    assert found == squad_core.evaluate_v2(texts, golds, scores)
 
 
 def test_batches_and_single_examples():
@@ -146,7 +146,7 @@ def test_description():
     for module in (modules.glue("cola"), modules.squad(), modules.squad_v2()):
         assert module.description and module.inputs_description and module.citation.startswith("@")
         assert set(module.features) == {"predictions", "references"}
-    assert [modules.squad().name, modules.squad_v2().name] == ["squad", "squad_v2"]
+    assert [metrics.squad().name, metrics.squad_v2().name] == ["squad", "squad_v2"]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_without_evaluate_only_this_module_is_missing(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("adalora_fast.experiments.metrics")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    for module in (metrics, glue, squad, bootstrap):
+    for module in (metrics, glue_core, squad_core, bootstrap):
         assert importlib.import_module(module.__name__) is not module
     with pytest.raises(ModuleNotFoundError, match="pip install evaluate"):
         importlib.import_module(MODULE)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalora_fast.experiments.metrics import squad
+from adalora_fast.experiments.metrics import squad_core as squad
 
 DATA = Path(os.environ.get("ADALORA_FAST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
