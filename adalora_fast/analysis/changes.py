@@ -22,8 +22,15 @@ from torch import Tensor, nn
 
 from adalora_fast.experiments.fusion import TRAINED
 from adalora_fast.experiments.models import head_modules, is_of_head
-from adalora_fast.integrations.files import file_within, read_config, read_tensors, weights_file
-from adalora_fast.integrations.plain_lora import PREFIX, convert, scale_of
+from adalora_fast.integrations.files import (
+    PREFIX,
+    adapted_in,
+    file_within,
+    read_config,
+    read_tensors,
+    weights_file,
+)
+from adalora_fast.integrations.plain_lora import convert, scale_of
 
 from .saved import FULL, SavedRun
 
@@ -156,9 +163,7 @@ def _read_adapter(folder: Path) -> RunChange:
             f"the adapter in {folder} has {strange or f'peft_type {kind}'}; give a LoRA or AdaLoRA without it"
         )
     if kind == "ADALORA":
-        layers = [
-            key.removesuffix(".lora_E").removeprefix(PREFIX) for key in tensors if key.endswith(".lora_E")
-        ]
+        layers = adapted_in(tensors)
         # PEFT could not load biases of a layer without a triplet; here they are tensors like any other.
         plain = convert(tensors, config | {"bias": "none"}, dict.fromkeys(layers, scale_of(config)))
         tensors, scales = plain.tensors, dict.fromkeys(layers, 1.0)

@@ -22,8 +22,8 @@ from adalora_fast.experiments.quiet import without_model_bars
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import get_task
 from adalora_fast.integrations.checkpoints import move_files
-from adalora_fast.integrations.files import WEIGHTS
-from adalora_fast.integrations.plain_lora import PREFIX, convert, exact_pattern
+from adalora_fast.integrations.files import PREFIX, WEIGHTS
+from adalora_fast.integrations.plain_lora import convert, exact_pattern
 
 from .changes import Factors, RunChange, concatenated, mixture, used
 from .shared import SharedModel

@@ -23,6 +23,7 @@ from adalora_fast.allocator_state import (
 from adalora_fast.integrations.files import (
     CONFIG,
     FACTORS,
+    PREFIX,
     WEIGHTS,
     file_within,
     read_config,
@@ -45,7 +46,7 @@ class Checkpoint:
 
     def rank(self, layer: str) -> int | None:
         """The rank of a layer in this checkpoint."""
-        shape = self.shapes.get(f"base_model.model.{layer}.lora_E")
+        shape = self.shapes.get(f"{PREFIX}{layer}.lora_E")
         return None if shape is None else shape[0]
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from adalora_fast.integrations.checkpoints import move_files
 from adalora_fast.integrations.files import (
     CONFIG,
+    PREFIX,
     WEIGHTS,
+    adapted_in,
     read_config,
     read_rank_pattern,
     read_tensors,
@@ -27,14 +29,7 @@ from adalora_fast.integrations.files import (
 from adalora_fast.integrations.layers import adapter_layers
 from adalora_fast.integrations.model_card import CARD, new_card, write_ranks
 from adalora_fast.integrations.peft import FusedAdaLoraModel
-from adalora_fast.integrations.plain_lora import (
-    PREFIX,
-    PlainLora,
-    convert,
-    exact_pattern,
-    is_suffix,
-    scale_of,
-)
+from adalora_fast.integrations.plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
 from adalora_fast.integrations.scales import peft_scale
 from adalora_fast.nn import AdaLoraLinear
 
@@ -131,7 +126,7 @@ def export_folder(
     scale = scale_of(settings)
     tensors = read_tensors(weights_file(folder))
     read_rank_pattern(settings, tensors, folder)
-    layers = [key.removesuffix(".lora_E").removeprefix(PREFIX) for key in tensors if key.endswith(".lora_E")]
+    layers = adapted_in(tensors)
     target = settings.get("target_r")
     budget = target * len(layers) if isinstance(target, int) else None
     plain = convert(tensors, settings, dict.fromkeys(layers, scale), uniform=uniform, budget=budget)

@@ -1,6 +1,7 @@
 """Reading adapter folders that somebody else wrote: safetensors and JSON only, nothing outside the folder."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch import Tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTORS = (".lora_A", ".lora_E", ".lora_B")
+PREFIX = "base_model.model."  # of every key in PEFT's files
+
+
+def adapted_in(keys: Iterable[str]) -> list[str]:
+    """Names of the AdaLoRA layers among the keys of a file."""
+    return [key.removesuffix(".lora_E").removeprefix(PREFIX) for key in keys if key.endswith(".lora_E")]
 
 
 def file_within(folder: Path, name: str) -> Path:
@@ -105,7 +112,7 @@ def read_rank_pattern(config: dict[str, Any], tensors: dict[str, Tensor], folder
     for name, kept in pattern.items():
         if not isinstance(kept, list) or set(map(type, kept)) - {bool}:
             raise ValueError(f"{where} of {name} that is no list of true and false; restore it")
-        tensor = tensors.get(f"base_model.model.{name.partition('.lora_E')[0]}.lora_E")
+        tensor = tensors.get(f"{PREFIX}{name.partition('.lora_E')[0]}.lora_E")
         if tensor is None:
             raise ValueError(
                 f"{where} of {name}, which {WEIGHTS} lacks; they belong to different checkpoints"

@@ -18,9 +18,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from adalora_fast.integrations.files import FACTORS, check_numbers
+from adalora_fast.integrations.files import FACTORS, PREFIX, adapted_in, check_numbers
 
-PREFIX = "base_model.model."
 SETTINGS = (  # what a LoRA adapter takes over from an AdaLoRA one
     "task_type",
     "base_model_name_or_path",
@@ -89,7 +88,7 @@ def convert(
     Raises:
         ValueError: a factor is missing, of a wrong shape or not finite, or every λ is zero.
     """
-    layers = [key.removesuffix(".lora_E").removeprefix(PREFIX) for key in tensors if key.endswith(".lora_E")]
+    layers = adapted_in(tensors)
     _check_layers(tensors, layers)
     folded = {
         name: fold(

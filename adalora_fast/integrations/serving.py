@@ -8,11 +8,10 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from adalora_fast.integrations.files import read_config, read_tensors, weights_file
+from adalora_fast.integrations.files import PREFIX, read_config, read_tensors, weights_file
 
 SERVERS = ("vllm", "sglang", "tgi")
 KEY_ENDS = (".lora_A.weight", ".lora_B.weight")
-KEY_START = "base_model.model."
 # They copy or stack the factors of all layers at the rank r of the configuration.
 ONE_RANK = ("sglang", "tgi")
 
@@ -55,7 +54,7 @@ def _common(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if kind != "LORA":
         reasons.append(f"peft_type is {kind}; export it with to_lora")
-    foreign = [key for key in shapes if not (key.startswith(KEY_START) and key.endswith(KEY_ENDS))]
+    foreign = [key for key in shapes if not (key.startswith(PREFIX) and key.endswith(KEY_ENDS))]
     modules = config.get("modules_to_save") or config.get("trainable_token_indices")
     if modules:
         reasons.append("it has whole trained modules (modules_to_save), which servers do not load")

@@ -49,12 +49,15 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def no_second_order(name: str) -> RuntimeError:
+    """What is said where the gradient of a gradient is asked for."""
+    return RuntimeError(f"{name} has no second derivative; call backward without create_graph=True")
+
+
 def refuse_second_order(name: str) -> None:
     """Make a derivative of the backward op ``name`` an error instead of a silent zero."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{NAMESPACE}::{name} has no second derivative; call backward without create_graph=True"
-        )
+        raise no_second_order(f"{NAMESPACE}::{name}")
 
     define_gradient(name, backward)

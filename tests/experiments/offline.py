@@ -21,6 +21,10 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     if "huggingface_hub" in sys.modules:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    if "transformers" in sys.modules:  # imported by an earlier test, so that the variables come too late
+        monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.delenv("ADALORA_FAST_DATA", raising=False)

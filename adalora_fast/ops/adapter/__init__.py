@@ -17,6 +17,7 @@ from adalora_fast.ops.library import (
     autocast_is_on,
     define,
     define_gradient,
+    no_second_order,
     refuse_second_order,
     without_autocast,
 )
@@ -157,6 +158,11 @@ def _save_linear(ctx, inputs, output) -> None:
     ctx.save_for_backward(source, h, S, weight, lora_A, lora_E, lora_B, seed)
 
 
+def _needed(ctx, *grads):
+    """The gradients of the inputs that want one, None for the others."""
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
+
+
 def _linear_gradient(ctx, grad, run):
     if grad is None:
         return (None,) * 11
@@ -166,16 +172,7 @@ def _linear_gradient(ctx, grad, run):
         grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, ctx.scaling, ctx.shared_input,
         need_x, need_input, need_A, need_E, need_B, seed, ctx.dropout_p,
     )  # fmt: skip
-    return (
-        dx if need_x else None,
-        d_input if need_input else None,
-        None,
-        None,
-        dA if need_A else None,
-        dE if need_E else None,
-        dB if need_B else None,
-        *(None,) * 4,
-    )
+    return _needed(ctx, dx, d_input, None, None, dA, dE, dB, *(None,) * 4)
 
 
 def _save_delta(ctx, inputs, output) -> None:
@@ -189,19 +186,12 @@ def _delta_gradient(ctx, grad, run):
     if grad is None:
         return (None,) * 9
     x, h, S, lora_A, lora_E, lora_B, seed = ctx.saved_tensors
-    need_result, need_x, need_A, need_E, need_B, *_ = ctx.needs_input_grad
+    _, need_x, need_A, need_E, need_B, *_ = ctx.needs_input_grad
     _, dx, dA, dE, dB = run(
         grad, x, h, S, None, lora_A, lora_E, lora_B, ctx.scaling, False, False, need_x, need_A, need_E,
         need_B, seed, ctx.dropout_p,
     )  # fmt: skip
-    return (
-        grad if need_result else None,
-        dx if need_x else None,
-        dA if need_A else None,
-        dE if need_E else None,
-        dB if need_B else None,
-        *(None,) * 4,
-    )
+    return _needed(ctx, grad, dx, dA, dE, dB, *(None,) * 4)
 
 
 def _differentiable(name: str, forward, save, gradient):
@@ -231,9 +221,7 @@ def _differentiable(name: str, forward, save, gradient):
         @staticmethod
         def backward(ctx, grad):
             if torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{name} has no second derivative; call backward without create_graph=True"
-                )
+                raise no_second_order(name)
             return gradient(ctx, grad, _backward)
 
     op = getattr(torch.ops.adalora_fast, name)

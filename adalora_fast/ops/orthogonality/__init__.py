@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from adalora_fast.ops import backend, launch
-from adalora_fast.ops.library import NO_CUDA_GRAPH, define, define_gradient, without_autocast
+from adalora_fast.ops.library import NO_CUDA_GRAPH, define, define_gradient, no_second_order, without_autocast
 from adalora_fast.ops.orthogonality import reference
 from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
 
@@ -54,7 +54,7 @@ def per_factor(stacks: list[Tensor], groups: tuple[tuple[int, ...], ...]) -> lis
 
 def _gradient(ctx, grad, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError("orthogonality has no second derivative; call backward without create_graph=True")
+        raise no_second_order("orthogonality")
     if not ctx.with_grad:
         raise RuntimeError(
             "this orthogonality loss was made with with_grad=False and cannot be differentiated"

@@ -1,4 +1,4 @@
-"""The command line: whole commands, and one line and exit code 2 for every mistake of the user."""
+"""The command line: whole commands, their flags, help, silence, and defects."""
 
 import json
 import os
@@ -10,75 +10,7 @@ import pytest
 
 from adalora_fast import cli
 from adalora_fast.experiments import single
-from tests.experiments.tiny import save_encoder, write_parquet, write_sst2
-
-ROOT = Path(__file__).parents[1]
-SETTINGS = {"epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "max_length": 16, "init_r": 4, "target_r": 2}
-SETTINGS |= {"tinit": 2, "tfinal": 4, "deltaT": 2}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny model (bert), data (data) and a recipe (recipe.json)."""
-    root = tmp_path_factory.mktemp("place")
-    save_encoder(root / "bert")
-    write_sst2(root / "data")
-    (root / "recipe.json").write_text(json.dumps({"defaults": SETTINGS}))
-    return root
-
-
-@pytest.fixture(autouse=True)
-def here(place, tmp_path, monkeypatch):
-    """Commands run in a folder of their own, without a network."""
-    for name in ("bert", "data", "recipe.json"):
-        (tmp_path / name).symlink_to(place / name)
-    monkeypatch.chdir(tmp_path)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "1")
-    if "huggingface_hub" in sys.modules:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    if "datasets" in sys.modules:
-        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    if "transformers" in sys.modules:  # imported by an earlier test, so that the variables come too late
-        monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.delenv("ADALORA_FAST_DATA", raising=False)
-    monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *arguments, **options: None)
-    return tmp_path
-
-
-def train(*more, **changes):
-    """Arguments of a run that works, changed; None leaves one out."""
-    options = {
-        "task": "sst2",
-        "model": "./bert",
-        "data-dir": "data",
-        "recipe": "recipe.json",
-        "output": "out",
-    }
-    options |= {name.replace("_", "-"): value for name, value in changes.items()}
-    given = [[f"--{name}", str(value)] for name, value in options.items() if value is not None]
-    return ["train", *(word for pair in given for word in pair), *map(str, more)]
-
-
-def run(capsys, arguments):
-    code = cli.main(arguments)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys, arguments):
-    """The one line that says what is wrong."""
-    code, _, err = run(capsys, arguments)
-    assert code == 2, err
-    line = err.splitlines()[-1]
-    assert err == line + "\n" and line.startswith("adalora-fast: ")
-    assert "Traceback" not in err
-    return line
-
-
-def left_behind(folder):
-    return sorted({path.name for path in folder.iterdir()} - {"bert", "data", "recipe.json"})
+from tests.commands.calling import ROOT, SETTINGS, refused, run, sweep, train
 
 
 def test_train_again_and_report(capsys, here):
@@ -142,98 +74,6 @@ def test_the_data_folder_from_the_environment(capsys, here, monkeypatch):
     assert cli.main(train("--method", "head", output="other")) == 0  # the flag goes before it
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"task": "squid"}, "unknown task 'squid'; choose one of mrpc"),
-        ({"task": "mrpc"}, "no train.parquet or train_sample.parquet in {here}/data/mrpc; check --data-dir"),
-        ({"data_dir": "/no/such/folder"}, "no train.parquet or train_sample.parquet in /no/such/folder/sst2"),
-        (
-            {"data_dir": None},
-            "nyu-mll/glue (sst2, train) is not reachable; give a local folder with --data-dir",
-        ),
-        ({"model": "./nowhere"}, "no model folder at nowhere; check --model"),
-        ({"model": "/no/such/model"}, "no model folder at /no/such/model; check --model"),
-        ({"model": "data/"}, "has no config.json; give a folder written by save_pretrained"),
-        ({"recipe": "nope"}, "no recipe 'nope'; choose adalora-glue, "),
-        ({"data_dir": "two\nlines"}, "no train.parquet or train_sample.parquet in {here}/two lines/sst2"),
-        ({"method": "prefixes"}, "unknown method 'prefixes'; choose one of adalora, peft, lora, full, head"),
-        ({"score": "luck"}, "unknown arm 'luck'; choose one of sensitivity, "),
-        ({"score": "fisher+much"}, "unknown part 'much' of the arm 'fisher+much'; choose ema_uncertainty, "),
-        ({"score": "lora"}, "lora is no score but a method; give --method lora"),
-        ({"set": "target_r=9"}, "target_r (9) is larger than init_r (4); raise init_r"),
-        ({"set": "epochs=0"}, "epochs is 0; it must be greater than 0"),
-        ({"set": "learning_rate=-1"}, "learning_rate is -1; it must be greater than 0"),
-    ],
-)
-def test_mistakes_before_anything_is_written(capsys, here, changes, words):
-    assert words.format(here=here) in refused(capsys, train(**changes))
-    assert left_behind(here) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": "nobody/nothing"}, "the model 'nobody/nothing' is not reachable; give --model minilm"),
-        ({"set": "epochs=0.2"}, "tinit (2) + tfinal (4) must be smaller than total_step (1)"),
-    ],
-)
-def test_mistakes_found_while_a_run_is_set_up(capsys, here, changes, words):
-    assert words in refused(capsys, train(**changes))
-    assert left_behind(here) == []  # nothing was trained, so there is nothing to go on with
-
-
-def test_corrected_after_a_mistake(capsys, here):
-    """What was asked for wrongly does not stand in the way of the right command."""
-    refused(capsys, train(model="nobody/nothing"))
-    assert cli.main(train("--method", "head")) == 0
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"defaults": {"epochz": 1}}', '{"defaults": {"epochs": "3"}}']
-)
-def test_wrong_recipes(capsys, here, content):
-    (here / "mine.json").write_text(content)
-    assert "mine.json" in refused(capsys, train(recipe="mine.json")) or "epochs" in content
-    (here / "mine.json").unlink()
-    assert left_behind(here) == []
-
-
-def test_wrong_data(capsys, here):
-    write_parquet(here / "other" / "sst2" / "train.parquet", text=["a"], label=[0])
-    line = refused(capsys, train(data_dir="other"))
-    assert (
-        "train.parquet has no column 'sentence' (it has text, label); rename its columns to sentence, label"
-        in line
-    )
-    write_parquet(here / "other" / "sst2" / "train.parquet", sentence=["a", "b"], label=[0, 2])
-    assert "train.parquet row 1: label 2 is not an integer from 0 to 1" in refused(
-        capsys, train(data_dir="other")
-    )
-    (here / "other" / "sst2" / "train.parquet").write_bytes(b"no parquet")
-    assert "is not readable parquet" in refused(capsys, train(data_dir="other"))
-    assert left_behind(here) == ["other"]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "model"])
-def test_something_in_the_way(capsys, here, kind):
-    if kind == "file":
-        (here / "out").write_text("mine")
-    else:
-        (here / "out").mkdir()
-        (here / "out" / ("config.json" if kind == "model" else "letter.txt")).write_text("{}")
-    assert "not a run; choose another --output" in refused(capsys, train())
-    assert left_behind(here) == ["out"]
-
-
-def test_another_run_in_the_way(capsys, here):
-    assert cli.main(train("--method", "head")) == 0
-    capsys.readouterr()
-    assert "holds a run with seed = 0, and 1 was asked for" in refused(
-        capsys, train("--seed", "1", method="head")
-    )
-
-
 def test_another_spelling_of_the_same_folders_is_the_same_run(capsys, here):
     assert cli.main(train("--method", "head")) == 0
     capsys.readouterr()
@@ -242,38 +82,9 @@ def test_another_spelling_of_the_same_folders_is_the_same_run(capsys, here):
     assert code == 0 and "already complete" in out, err
 
 
-def test_a_place_that_cannot_be_written(capsys, here, monkeypatch):
-    def refuse(*arguments, **options):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("adalora_fast.experiments.runs.Path.mkdir", refuse)
-    line = refused(capsys, train())
-    assert f"cannot write to {here} (Permission denied); choose another --output" in line
-
-
-@pytest.mark.parametrize("folder", [".", "nowhere", "data"])
-def test_report_without_runs(capsys, here, folder):
-    assert f"no complete run below {folder}; give the folder that holds them" in refused(
-        capsys, ["report", folder]
-    )
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"loss": 0.1}'])
-def test_report_of_a_foreign_result(capsys, here, content):
-    (here / "theirs").mkdir()
-    (here / "theirs" / "result.json").write_text(content)
-    assert "result.json" in refused(capsys, ["report", "theirs"])
-
-
 def test_brackets_in_a_path_are_shown(capsys, here):
     code, out, _ = run(capsys, train("--method", "head", output="a[b]/c"))
     assert code == 0 and f"run  {here}/a[b]/c" in out
-
-
-def sweep(*more, **changes):
-    options = {"recipe": "recipe.json", "model": "./bert", "data-dir": "data", "output": "out"} | changes
-    given = [[f"--{name}", str(value)] for name, value in options.items() if value is not None]
-    return ["sweep", *(word for pair in given for word in pair), *more]
 
 
 def test_a_sweep_and_its_report(capsys, here):
@@ -299,32 +110,6 @@ def test_a_sweep_with_a_failure_says_so_with_its_exit_code(capsys, here):
     code, out, _ = run(capsys, sweep(*common))
     assert code == 1 and "failed: sst2/head-seed0: FileExistsError: cannot write to" in out
     assert (here / "out" / "sst2" / "head-seed0.failed.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--tasks", "squid"], "unknown task 'squid'"),
-        (["--arms", "fischer"], "unknown arm 'fischer'"),
-        (["--set", "epoch=3"], "cannot set 'epoch=3'; write <setting>=<value> with one of adapter_dropout"),
-        (["--set", "epochs"], "cannot set 'epochs'"),
-        (["--set", "epochs=many"], "epochs is 'many'; it must be a finite number"),
-        (["--set", "precision=fp8"], "unknown precision 'fp8'; choose one of fp32, bf16, fp16"),
-        (["--dtype", "float8"], "unknown dtype 'float8'"),
-        (["--attention", "fast"], "attention"),
-    ],
-)
-def test_mistakes_in_a_sweep(capsys, here, more, words):
-    arguments = sweep(*more)
-    for name, value in (("--tasks", "sst2"), ("--arms", "head"), ("--seeds", "0")):
-        if name not in more:
-            arguments += [name, value]
-    if words == "attention":  # found when the model is loaded, and recorded as that run's error
-        code, out, _ = run(capsys, arguments)
-        assert code == 1 and "failed: sst2/head-seed0: ValueError:" in out and "fast" in out
-        return
-    assert words in refused(capsys, arguments)
-    assert left_behind(here) == []
 
 
 def test_demo_passes_its_flags_on(monkeypatch, here):
@@ -363,11 +148,6 @@ def test_analyze_and_soup_pass_their_flags_on(monkeypatch, here, capsys):
     given, more = seen["make_soup"]
     assert given == ((Path("a"), Path("b")), Path("runs/soup"))
     assert (more["rank"], more["recipe"], more["save"], more["selection"]) == (8, "uniform", "lora", "halves")
-
-
-def test_runs_that_cannot_be_compared(capsys, here):
-    assert "nowhere" in refused(capsys, ["analyze", "cka", "nowhere", "data"])
-    assert "nowhere" in refused(capsys, ["soup", "nowhere", "data"])
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
@@ -423,7 +203,7 @@ def test_wrong_usage(capsys, arguments):
     assert "Traceback" not in captured.err and captured.err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"], ["analyze"], ["soup"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS if name != "bench")])
 def test_help_names_every_flag_and_there_are_fewer_than_fifteen(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -435,7 +215,7 @@ def test_help_names_every_flag_and_there_are_fewer_than_fifteen(capsys, command)
     fields = [
         name
         for name in cli.COMMANDS[command[0]].__dataclass_fields__
-        if name not in ("folder", "folders", "measure")
+        if name not in ("folder", "folders", "measure", "out")
     ]
     assert len(fields) < 15
     assert all(f"--{name.replace('_', '-')}" in shown for name in fields)
