@@ -132,7 +132,7 @@ class RankAllocator:
     def reset(self) -> None:
         """Forget everything that was learnt: the run starts again at t = 0 with every triplet kept."""
         self._task_gradient.forget()
-        self._statistics.reset(self._parameters())
+        self._statistics.reset(self.parameters())
         self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._statistics.device)
         self._scores: Tensor | None = None  # those that the mask was made of
         self._said_nan = False
@@ -171,14 +171,19 @@ class RankAllocator:
 
     def total_rank(self) -> int:
         """The triplets that exist, pruned ones included."""
-        return sum(factors.lora_E.shape[0] for factors in self._factors())
+        return sum(factors.lora_E.shape[0] for factors in self.factors())
 
-    def _factors(self) -> list[Factors]:
+    def factors(self) -> list[Factors]:
+        """Those of every layer, in the order of ties."""
         return [find() for find in self._layers.values()]
 
-    def _parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
         """A_0, E_0, B_0, A_1, ... (looked up anew each time: a parameter object may be replaced)."""
-        return [parameter for factors in self._factors() for parameter in factors]
+        return [parameter for factors in self.factors() for parameter in factors]
+
+    def lambdas(self) -> list[Tensor]:
+        """E_0, E_1, ..."""
+        return [factors.lora_E for factors in self.factors()]
 
     @property
     def budget(self) -> int:
@@ -204,7 +209,7 @@ class RankAllocator:
             raise ValueError(f"the step must be an integer of at least 0, got {t!r}")
         self._check_order()
         if position.is_final:
-            apply_mask_(self._mask, self._lambdas())
+            apply_mask_(self._mask, self.lambdas())
         elif t < self.schedule.final_step:
             self._update_statistics()
             if self.schedule.masks_at(t):
@@ -232,7 +237,7 @@ class RankAllocator:
             )
             self._make_final()
         else:
-            apply_mask_(self._mask, self._lambdas())  # whatever the last optimizer step brought back
+            apply_mask_(self._mask, self.lambdas())  # whatever the last optimizer step brought back
         self._position.is_over = True
 
     def _make_final(self) -> None:
@@ -244,15 +249,12 @@ class RankAllocator:
         if updates < self.score.min_updates:
             _warn(f"the final allocation rests on {updates} updates of the statistics; train longer")
 
-    def _lambdas(self) -> list[Tensor]:
-        return [factors.lora_E for factors in self._factors()]
-
     def _prune(self, budget: int, final: bool = False) -> None:
-        scores = self._statistics.scores(self._parameters())
+        scores = self._statistics.scores(self.parameters())
         kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
         if not final:
             kept = self._unless_too_early(kept)
-        self._keep(allocate_(scores, kept, self._lambdas(), self.processes), scores)
+        self._keep(allocate_(scores, kept, self.lambdas(), self.processes), scores)
 
     def _unless_too_early(self, budget: Tensor) -> Tensor:
         """Too few updates keep everything; only the device knows which counted."""
@@ -263,7 +265,7 @@ class RankAllocator:
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """The parameters and their gradients."""
-        parameters = self._parameters()
+        parameters = self.parameters()
         grads = [parameter.grad for parameter in parameters]
         if all(grad is None for grad in grads):
             raise ValueError(
@@ -284,7 +286,7 @@ class RankAllocator:
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
-        self._task_gradient.note(upstream, stacks, self._parameters())
+        self._task_gradient.note(upstream, stacks, self.parameters())
 
     def attach(self, optimizer: torch.optim.Optimizer, *, automatic: bool = True) -> None:
         """Tie the allocator to ``optimizer``, so that an allocation cannot silently not run.
@@ -302,7 +304,7 @@ class RankAllocator:
         """
         if self._attachment is not None:
             raise RuntimeError("an optimizer is attached already; call detach() first")
-        self._attachment = Attachment(optimizer, self._parameters, self.step if automatic else None)
+        self._attachment = Attachment(optimizer, self.parameters, self.step if automatic else None)
 
     def detach(self) -> None:
         """Undo :meth:`attach`."""
@@ -322,7 +324,7 @@ class RankAllocator:
         """Name of every layer and, per triplet, whether it is kept. Waits for the device."""
         kept = self._mask.tolist()
         pattern, start = {}, 0
-        for name, factors in zip(self._layers, self._factors(), strict=True):
+        for name, factors in zip(self._layers, self.factors(), strict=True):
             stop = start + factors.lora_E.shape[0]
             pattern[name] = kept[start:stop]
             start = stop

@@ -61,7 +61,7 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
 def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
     """(name, view into ``buffer``) of every statistic of every parameter."""
     layers = list(allocator._layers)
-    layout = layout_of(allocator._parameters(), allocator.score.name)
+    layout = layout_of(allocator.parameters(), allocator.score.name)
     for row, statistic in enumerate(allocator._statistics.names):
         for group in layout.groups:
             stacked = group.view(buffer[row])
@@ -71,11 +71,11 @@ def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
 
 def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
     """See :meth:`RankAllocator.load_state_dict`."""
-    ranks = [factors.lora_E.shape[0] for factors in allocator._factors()]
+    ranks = [factors.lora_E.shape[0] for factors in allocator.factors()]
     mask = check_state(state, allocator, dict(zip(allocator.layer_names, ranks, strict=True)))
     config, tensors = state["config"], state["tensors"]
     ours = allocator._statistics
-    values = ours.new(allocator._parameters())
+    values = ours.new(allocator.parameters())
     for name, view in () if config["is_final"] else _statistic_views(allocator, values):
         if name not in tensors or tensors[name].shape != view.shape:
             raise ValueError(
@@ -142,7 +142,7 @@ def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[s
 
 def _check_statistics(allocator: "RankAllocator", layers: dict[str, int], tensors: dict) -> None:
     """Every statistic of every entry is there, for layers of the saved ranks."""
-    for (layer, rank), factors in zip(layers.items(), allocator._factors(), strict=False):
+    for (layer, rank), factors in zip(layers.items(), allocator.factors(), strict=False):
         shapes = {"lora_A": (rank, factors.lora_A.shape[1]), "lora_E": (rank, 1)}
         shapes["lora_B"] = (factors.lora_B.shape[0], rank)
         if rank == 0:
@@ -206,7 +206,7 @@ def _mask_for_layers(
 
 def is_sharded(allocator: "RankAllocator") -> bool:
     """Whether no process holds all of the factors."""
-    return shards_of(allocator._parameters()) is not None
+    return shards_of(allocator.parameters()) is not None
 
 
 def write_state(allocator: "RankAllocator", folder: str | os.PathLike) -> Path:

@@ -180,7 +180,7 @@ class CapturableRankAllocator(RankAllocator):
         self._keep(
             torch.where(now.selects, selected, self._mask), torch.where(now.selects, scores, self._scores)
         )
-        apply_mask_(self._mask | ~now.masks, self._lambdas())
+        apply_mask_(self._mask | ~now.masks, self.lambdas())
         self._clock.advance(now)
 
     def _keep(self, mask: Tensor, scores: Tensor) -> None:

@@ -43,7 +43,7 @@ class Observer:
         allocator = self.allocator
         with torch.no_grad():
             got = importance_scores(
-                allocator._parameters(),
+                allocator.parameters(),
                 allocator._statistics.values,
                 allocator.score.name,
                 allocator.smoothing,
@@ -329,6 +329,6 @@ def test_float32_keeps_the_small_task_part():
             optimizer.zero_grad()
         with torch.no_grad():
             scores.append(
-                importance_scores(allocator._parameters(), allocator._statistics.values, "fisher", "ema")
+                importance_scores(allocator.parameters(), allocator._statistics.values, "fisher", "ema")
             )
     assert relative_error(scores[0], scores[1]) < 1e-3

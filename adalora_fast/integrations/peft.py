@@ -49,7 +49,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def orthogonality_loss(self) -> torch.Tensor:
         """R of the adapter under training (see :func:`adalora_fast.orthogonality_loss`)."""
-        return orthogonality_of(self.rankallocator._factors(), self.orth_penalty, self.rankallocator)
+        return orthogonality_of(self.rankallocator.factors(), self.orth_penalty, self.rankallocator)
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry: one allocator step, after ``optimizer.step()`` and before ``zero_grad()``.
@@ -79,7 +79,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _optimizer_version(self) -> int:
         """Changes with every optimizer step that writes in place (bitsandbytes' kernels do not show)."""
-        return sum(parameter._version for parameter in self.rankallocator._lambdas())
+        return sum(parameter._version for parameter in self.rankallocator.lambdas())
 
     def remember_versions(self) -> None:
         """From here on, a change of the weights means that an optimizer stepped."""
@@ -91,7 +91,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _finite_gradients(self) -> bool:
         """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients)."""
-        grads = [parameter.grad for parameter in self.rankallocator._parameters()]
+        grads = [parameter.grad for parameter in self.rankallocator.parameters()]
         return all_finite([grad for grad in grads if grad is not None])
 
     def require_allocator(self) -> RankAllocator:

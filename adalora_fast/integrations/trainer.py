@@ -90,7 +90,7 @@ class AdaLoraCallback(TrainerCallback):
         if tuner.regularised or weight == 0:
             return
         with torch.enable_grad():
-            factors = tuner.rankallocator._factors()
+            factors = tuner.rankallocator.factors()
             inputs = [
                 factor
                 for layer in factors
