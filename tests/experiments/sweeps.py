@@ -86,6 +86,7 @@ def write_run(
     model: str = "minilm",
     sample: bool = False,
     predictions: bool = True,
+    recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One complete run folder; its result.json agrees with its predictions. Returns the result."""
     place = folder / task / f"{arm}-seed{seed}"
@@ -123,7 +124,10 @@ def write_run(
         "task": task,
         "seed": seed,
         "dtype": "float32",
-        "recipe": {"epochs": 3, "learning_rate": 0.001},
+        "score": arm.partition("+")[0],
+        "smoothing": None,
+        "score_gradient": "task" if arm.endswith("+task") else "total",
+        "recipe": {"epochs": 3, "learning_rate": 0.001} | (recipe or {}),
     }
     write_json(place / "config.json", {"settings": settings, "environment": ENVIRONMENT})
     write_json(place / "ranks.json", {"init_r": INIT_R, "ranks": ranks})

@@ -1,10 +1,12 @@
 """The pictures of a sweep: the numbers and words in them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from adalora_fast.experiments.plots.agreement import agreement_figure
-from adalora_fast.experiments.plots.contrasts import contrasts_figure
+from adalora_fast.experiments.plots.contrasts import Bar, contrasts_figure
 from adalora_fast.experiments.plots.curves import curves_figure
 from adalora_fast.experiments.plots.ranks import rank_figure
 from adalora_fast.experiments.plots.style import arm_styles, save, styled
@@ -92,25 +94,65 @@ def test_forest(sweep):
     (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["movement", "uniform", "lora"]
     assert "difference from sensitivity, points" in figure.get_supxlabel()
-    drawn = [tuple(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2]
-    for _, value, low, high in rows:
-        assert (low, high) in drawn and low <= value <= high
+    drawn = {
+        tuple(line.get_xdata()): line.get_linewidth() for line in axis.lines if len(line.get_xdata()) == 2
+    }
+    for arm, bar in rows:
+        found = contrasts.between("rte", arm, "sensitivity")
+        bounds = found.estimate.bounds
+        assert (bar.value, bar.verdict) == (found.estimate.value, found.verdict)
+        assert (bar.low, bar.low90, bar.high90, bar.high) == (
+            bounds.low, bounds.low90, bounds.high90, bounds.high
+        )  # fmt: skip
+        assert drawn[bar.low, bar.high] < drawn[bar.low90, bar.high90]
     (band,) = axis.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (-0.3, 0.3)
     least, most = axis.get_xlim()
-    assert least < min(row[2] for row in rows) and most > max(0.3, *(row[3] for row in rows))
+    assert least < min(bar.low for _, bar in rows) and most > max(0.3, *(bar.high for _, bar in rows))
+    other = replace(sweep, plan=replace(sweep.plan, baseline="movement"))  # uniform predicts the same
+    assert dict(forest_panels(other, contrasts)[0][1])["uniform"].verdict == "equivalent within ±0.3"
 
 
-def test_forest_tells_intervals_beyond_zero_apart_and_names_gaps():
-    rows = [("a", 1.0, 0.5, 1.5), ("b", 0.0, -1.0, 1.0), ("c", np.nan, np.nan, np.nan)]
-    (axis,) = contrasts_figure([("t", rows)], baseline="z", margin=0.3).axes
-    markers = {
+def bar(value, verdict):
+    return Bar(
+        value=value, low=value - 0.5, high=value + 0.5, low90=value - 0.4, high90=value + 0.4, verdict=verdict
+    )
+
+
+def test_forest_shows_verdicts_and_names_gaps():
+    """Two intervals exclude 0; only one of the arms is said to differ, and looks so."""
+    rows = [
+        ("a", bar(1.0, "differs")),
+        ("b", bar(2.0, "not decided")),
+        ("c", bar(0.0, "equivalent within ±0.6")),
+        ("d", bar(-1.0, "differs, by less than 2")),
+        ("e", None),
+    ]
+    figure = contrasts_figure([("t", rows)], baseline="z", margin=0.3)
+    (axis,) = figure.axes
+    looks = {
         line.get_xdata()[0]: (line.get_marker(), line.get_color())
         for line in axis.lines
         if len(line.get_xdata()) == 1
     }
-    assert markers[1.0][0] == "s" and markers[0.0][0] == "o" and markers[1.0][1] != markers[0.0][1]
+    assert len(set(looks.values())) == 4 and looks[1.0][1] == looks[-1.0][1] != looks[2.0][1]
     assert [text.get_text() for text in axis.texts] == ["incomplete"]
+    (legend,) = figure.legends
+    handles = {handle.get_label(): handle for handle in legend.legend_handles}
+    for _, own in rows[:4]:
+        handle = handles[own.verdict]
+        assert (handle.get_marker(), handle.get_color()) == looks[own.value]
+    assert "95 % interval, not corrected (thick: 90 %)" in handles and len(handles) == 6
+
+
+def test_the_forests_caption_agrees_with_its_legend(sweep, tmp_path):
+    figures, _ = draw_figures(sweep, compare_all(sweep, 20), tmp_path)
+    ((name, words),) = figures["contrasts"]
+    assert name == "contrasts.png" and "95 % intervals (thick: 90 %), not corrected" in words
+    assert "colours and markers are the verdicts" in words and "one seed" not in words
+    alone = read_sweep(write_sweep(tmp_path / "one", RATES, tasks=["rte"], seeds=[0], rows=20))
+    ((_, words),) = draw_figures(alone, compare_all(alone, 20), tmp_path)[0]["contrasts"]
+    assert "with one seed in common, the examples' chance alone" in words
 
 
 def test_agreement(sweep):
@@ -165,7 +207,7 @@ def test_runs_that_adapt_other_matrices_are_named(tmp_path):
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     def draw(stem):
         with styled():
-            rows = [("a", 1.0, 0.5, 1.5)]
+            rows = [("a", bar(1.0, "differs"))]
             return save(contrasts_figure([("t", rows)], baseline="z", margin=0.3), tmp_path / stem)
 
     first, second = draw("first"), draw("second")

@@ -10,6 +10,7 @@ from scipy import stats
 
 from adalora_fast.experiments.metrics import METRICS
 from adalora_fast.experiments.metrics.bootstrap import draw_counts
+from adalora_fast.experiments.report import write_report
 from adalora_fast.experiments.report.contrasts import AVERAGE, Measured, best_of, compare_all, family
 from adalora_fast.experiments.report.replicates import task_replicates
 from adalora_fast.experiments.report.sweep import read_sweep
@@ -70,8 +71,10 @@ def test_the_best_and_ties(compared):
     assert best_of(contrasts, "mrpc", {}) == []
 
 
-def literal(sweep, task, arms, replicates):
-    """d* of the two arms with explicit resamples, metric by metric; seeds drawn as the module draws them."""
+def literal(sweep, task, arm, replicates):
+    """An arm's mean in each replicate with explicit resamples, metric by metric; seeds drawn as the module
+    draws them.
+    """
     counts = {}
     splits = list(sweep.task_runs(task)[0].result["metrics"])
     for split in splits:
@@ -80,25 +83,22 @@ def literal(sweep, task, arms, replicates):
         counts[split] = draw_counts(size, replicates, generator)
     seeds = np.random.Generator(np.random.PCG64([0, zlib.crc32(task.encode())]))
     drawn = seeds.integers(0, len(SEEDS), size=(replicates, len(SEEDS)))
-    metric, differences = sweep.primary_metric(task), []
+    metric, means = sweep.primary_metric(task), []
     for b in range(replicates):
         own = []
         for place in drawn[b]:
-            values = []
-            for arm in arms:
-                tensors = load_file(sweep.runs[task, arm, SEEDS[place]].folder / "predictions.safetensors")
-                parts = []
-                for split in splits:
-                    rows = np.repeat(np.arange(counts[split].shape[1]), counts[split][b])
-                    if task.startswith("squad"):
-                        parts.append(tensors[f"{split}/{metric}"][rows].astype(float).mean())
-                    else:
-                        labels, predictions = tensors[f"{split}/labels"], tensors[f"{split}/predictions"]
-                        parts.append(METRICS[metric](labels[rows], predictions[rows]))
-                values.append(100 * np.mean(parts))
-            own.append(values[0] - values[1])
-        differences.append(np.mean(own))
-    return np.array(differences)
+            tensors = load_file(sweep.runs[task, arm, SEEDS[place]].folder / "predictions.safetensors")
+            parts = []
+            for split in splits:
+                rows = np.repeat(np.arange(counts[split].shape[1]), counts[split][b])
+                if task.startswith("squad"):
+                    parts.append(tensors[f"{split}/{metric}"][rows].astype(float).mean())
+                else:
+                    labels, predictions = tensors[f"{split}/labels"], tensors[f"{split}/predictions"]
+                    parts.append(METRICS[metric](labels[rows], predictions[rows]))
+            own.append(100 * np.mean(parts))
+        means.append(np.mean(own))
+    return np.array(means)
 
 
 def _any(task, split):
@@ -125,7 +125,10 @@ def test_the_bootstrap_against_a_loop(tmp_path, task):
     assert contrasts.remarks == ()
     estimate = contrasts.between(task, "fisher", "sensitivity").estimate
     found = estimate.bootstrap
-    expected = literal(sweep, task, ("fisher", "sensitivity"), 25)
+    resampled = {arm: literal(sweep, task, arm, 25) for arm in ("fisher", "sensitivity")}
+    expected = resampled["fisher"] - resampled["sensitivity"]
+    for arm, own in resampled.items():
+        assert contrasts.intervals[task, arm] == pytest.approx(np.quantile(own, [0.025, 0.975]), abs=1e-8)
     assert (found.low, found.low90, found.high90, found.high) == pytest.approx(
         np.quantile(expected, [0.025, 0.05, 0.95, 0.975]), abs=1e-8
     )
@@ -199,6 +202,34 @@ def test_only_seeds_that_both_arms_have_enter(tmp_path):
     assert contrasts.of(AVERAGE) == []  # one arm only is complete everywhere
 
 
+def test_an_interval_is_of_the_runs_that_the_mean_is_of(tmp_path):
+    """Not of an arm of which a run has no predictions; of one without a run, of those that there are."""
+    write_plan(tmp_path, tasks=["rte"], arms=["sensitivity", "fisher", "gsnr"], seeds=SEEDS)
+    rates = dict.fromkeys(("sensitivity", "fisher", "gsnr"), 0.8)
+    for arm, seed in ((a, s) for a in rates for s in SEEDS if (a, s) != ("gsnr", 2)):
+        write_run(tmp_path, "rte", arm, seed, agreeing(rates), predictions=(arm, seed) != ("fisher", 1))
+    sweep = read_sweep(tmp_path)
+    found = compare_all(sweep, 200).intervals
+    assert found.keys() == {("rte", "sensitivity"), ("rte", "gsnr")}
+    for (_, arm), (low, high) in found.items():
+        points = [run.points for run in sweep.of("rte", arm).values()]
+        assert low < np.mean(points) < high and high - low > 2  # 400 examples: ± 4 points
+
+
+def test_replicates_are_computed_once(tmp_path, monkeypatch):
+    seen = []
+
+    def counted(sweep, task, *arguments):
+        seen.append(task)
+        return task_replicates(sweep, task, *arguments)
+
+    figures = dict.fromkeys(("contrasts", "curves", "ranks", "agreement"), ())
+    monkeypatch.setattr("adalora_fast.experiments.report.write.draw_figures", lambda *_: (figures, []))
+    monkeypatch.setattr("adalora_fast.experiments.report.contrasts.task_replicates", counted)
+    write_report(planted(tmp_path, rows=50), replicates=50)
+    assert seen == ["mrpc", "rte"]
+
+
 def test_blocks_make_no_difference(tmp_path, monkeypatch):
     sweep = read_sweep(planted(tmp_path, rows=50))
     whole = task_replicates(sweep, "mrpc", 30).values
@@ -215,6 +246,7 @@ def test_a_run_without_predictions_is_said_to_be_left_out(tmp_path):
     contrasts = compare_all(read_sweep(tmp_path), 10)
     assert contrasts.all == ()
     assert contrasts.remarks == ("mrpc fisher seed 0 has no predictions: it enters no contrast",)
+    assert contrasts.intervals.keys() == {("mrpc", "sensitivity")}
 
 
 def test_predictions_that_contradict_the_result_are_told(tmp_path):

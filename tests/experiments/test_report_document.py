@@ -25,6 +25,7 @@ from adalora_fast.experiments.report.tables import (
     escape_latex,
     escape_markdown,
     latex,
+    published_rows,
     result_rows,
     winners,
 )
@@ -75,7 +76,7 @@ def test_files(reported):
         "agreement",
     }
     expected = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
-    texts = {"report.md", "results.csv", "table.csv", "contrasts.csv", "table.tex"}
+    texts = {"report.md", "results.csv", "table.csv", "contrasts.csv", "table.tex", "published.csv"}
     assert set(files) == expected | texts == {path.name for path in (folder / "report").iterdir()}
     linked = re.findall(r"\]\(([^)]+\.png)\)", files["report.md"].read_text())
     assert set(linked) == {name for name in expected if name.endswith("png")}
@@ -96,7 +97,8 @@ def test_what_was_run(reported):
         "A sweep for tests.", "| model | minilm |", "MRPC, RTE*, CoLA", "| runs | 32 of 45 complete |",
         "0123456789abcdef", "A Processor, 1 thread(s)", "2026-01-02T03:04:05+00:00",
         "RTE | validation | a sample | 200",
-        "| MRPC | 3 | 0.001 |", "\\* Trained or evaluated on a sample",
+        "| epochs | 3 | 3 | 3 |", "| learning_rate | 0.001 | 0.001 | 0.001 |",
+        "\\* Trained or evaluated on a sample",
     ):  # fmt: skip
         assert words in text
 
@@ -119,6 +121,10 @@ def test_results(reported):
         "(2 of 3 seeds)" in lines["uniform"] and lines["sensitivity"].count("–") == 2
     )  # CoLA and the average
     assert "MRPC: sensitivity, and fisher." in text and "**" not in text  # equal arms: neither in bold
+    folded = text.partition("<details>")[2].partition("</details>")[0]
+    assert "300 bootstrap replicates" in folded and "these intervals are too narrow" in folded
+    assert "a single seed" not in folded
+    assert re.search(r"\| fisher \| (\d\d\.\d\d to \d\d\.\d\d \| ){2}– \|", folded)
     assert "average over the 3 tasks here (3 of GLUE's 8)" in head and "GLUE averages" not in text
 
 
@@ -159,18 +165,50 @@ def test_csv_files(reported):
     (cell,) = (row for row in table if (row["arm"], row["task"]) == ("uniform", "mrpc"))
     assert (cell["seeds"], cell["planned_seeds"]) == ("2", "3")
     assert [row["mean"] for row in table if row["task"] == "average" and row["arm"] != "head"] == [""] * 4
+    for row in table:
+        if row["task"] == "average" or not row["mean"]:
+            assert row["low_95"] == row["high_95"] == ""
+        else:
+            assert float(row["low_95"]) < float(row["mean"]) < float(row["high_95"])
     contrasts = rows_of(files["contrasts.csv"])
     assert len(contrasts) == 20  # ten pairs on MRPC and on RTE; one arm on CoLA, so no average
     assert all(float(row["low_95"]) <= float(row["low_90"]) <= float(row["high_90"]) for row in contrasts)
 
 
+def test_published_csv(reported):
+    folder, files = reported
+    rows = rows_of(files["published.csv"])
+    found = {(row["table"], row["method"], row["task"]): row for row in rows}
+    assert {row["task"] for row in rows} == {"mrpc", "rte", "cola"}  # and no average over the whole of GLUE
+    runs = [json.loads((folder / "mrpc" / f"fisher-seed{s}" / "result.json").read_text()) for s in SEEDS]
+    points = [100 * run["metrics"]["validation"]["accuracy"] for run in runs]
+    fisher = found["study-glue", "Fisher", "mrpc"]
+    assert fisher["source"].endswith("Table 1") and fisher["model"] == "deberta-v3-base"
+    assert (fisher["split"], fisher["metric"], fisher["published"]) == ("validation", "accuracy", "89.46")
+    assert (fisher["our_arm"], fisher["our_seeds"], fisher["caveat"]) == ("fisher", "3", "other model")
+    assert float(fisher["our_mean"]) == pytest.approx(np.mean(points), abs=1e-4)
+    assert float(fisher["our_std"]) == pytest.approx(np.std(points, ddof=1), abs=1e-4)
+    assert found["study-glue", "Fisher", "rte"]["caveat"] == "other model, sample"
+    ours = ("our_mean", "our_std", "our_seeds", "caveat")
+    absent, incomplete = found["study-glue", "GSNR", "mrpc"], found["study-glue", "Fisher", "cola"]
+    assert absent["our_arm"] == "" and incomplete["our_arm"] == "fisher"
+    assert all(row[name] == "" for row in (absent, incomplete) for name in ours)
+
+
 def test_latex(reported):
     text = reported[1]["table.tex"].read_text()
-    body = text.partition("\\midrule")[2].partition("\\bottomrule")[0]
+    body, *published = text.partition("\\bottomrule")[0].split("\\midrule")[1:]
     lines = [line for line in body.strip().splitlines()]
     assert len(lines) == len(RATES) and {line.count("&") for line in lines} == {4}
     assert "{lrrrr}" in text and "\\toprule" in text and "$\\pm$" in body and "±" not in body
     assert text.count("{") == text.count("}") and text.startswith("% tiny")
+    study, paper, ablation = published
+    rows = [line for line in study.splitlines() if "&" in line]
+    assert "Fisher & 89.46 & 85.56 & 69.69 & -- \\\\" in rows and len(rows) == 4
+    assert "\\multicolumn{5}{l}{\\emph{Score study, Table 1, published; ours: other model, sample}}" in study
+    assert "% RTE: trained or evaluated on a sample here" in study
+    assert "% The published numbers that follow are of deberta-v3-base, these are of minilm" in study
+    assert "AdaLoRA, 1.27M & 90.69 & 88.09" in paper and "$\\lambda$" in ablation and "|" not in ablation
 
 
 @pytest.mark.parametrize(
@@ -179,6 +217,7 @@ def test_latex(reported):
         ("a_b & 5 %", r"a\_b \& 5 \%"),
         ("a\\b{c}", r"a\textbackslash{}b\{c\}"),
         ("x~^", r"x\textasciitilde{}\textasciicircum{}"),
+        ("|λ|", r"\textbar{}$\lambda$\textbar{}"),
     ],
 )
 def test_latex_escapes(text, expected):
@@ -245,8 +284,24 @@ def test_both_glue_averages_by_hand(tmp_path):
     text = beside_published(sweep)
     assert "do not measure the same thing" not in text and "average (nine columns)" in text
     assert f"{found.glue['nine']:.2f}" in text and "89.31" in text and "| Fisher | published |" in text
-    assert "One seed: the intervals" in how_compared(sweep, compare_all(sweep, 10))
-    assert "no uniform, random or lora arm" in against_nulls(sweep, compare_all(sweep, 10))
+    contrasts = compare_all(sweep, 10)
+    assert "One seed: the intervals" in how_compared(sweep, contrasts)
+    assert "Of a single seed the interval holds the chance of the examples alone" in results(sweep, contrasts)
+    assert "too narrow" not in results(sweep, contrasts)
+    assert "no uniform, random or lora arm" in against_nulls(sweep, contrasts)
+    rows = {(row["table"], row["method"], row["task"]): row for row in published_rows(sweep)}
+    for table, name, average in (("study-glue", "nine", 87.84), ("adalora-glue", "eight", 88.86)):
+        method = "AdaLoRA (sensitivity)" if name == "nine" else "AdaLoRA, 0.32M"
+        row = rows[table, method, f"glue_{name}_columns"]
+        assert (row["published"], row["our_mean"]) == (average, round(found.glue[name], 4))
+        assert (row["our_seeds"], row["our_std"], row["caveat"]) == (1, None, "")
+    table = latex(sweep, contrasts)
+    of_mnli = (90.76 + 90.79) / 2  # as our primary metric
+    assert (
+        f"AdaLoRA, 1.27M & 90.69 & 96.10 & 71.45 & 92.23 & 94.55 & 88.09 & {of_mnli:.2f} & 91.84 & --"
+        in table
+    )
+    assert "emph{Score study, Table 1, published}" in table and "do not measure" not in table
 
 
 def test_published_averages_stay_away_from_part_of_glue(reported):
@@ -259,6 +314,16 @@ def test_published_averages_stay_away_from_part_of_glue(reported):
         and "90.44" not in text.partition("AdaLoRA's paper")[0].partition("| fisher")[2]
     )
     assert "| fisher | here |" in text and "| Fisher | published | 89.46 |" in text
+
+
+def test_no_published_numbers_without_an_arm_of_theirs(tmp_path):
+    folder = write_sweep(tmp_path, {"lora": 0.8, "peft": 0.8}, tasks=["rte"], seeds=[0], rows=50)
+    files = {path.name: path for path in write_report(folder, replicates=10)}
+    assert "published.csv" in files
+    (folder / "rte" / "lora-seed0").rename(tmp_path / "away")
+    again = {path.name: path for path in write_report(folder, replicates=10)}
+    assert "published.csv" not in again and not files["published.csv"].exists()
+    assert again["table.tex"].read_text().count("\\midrule") == 1
 
 
 QQP_ARMS = ["lora-r1", "lora-r32", "full", "sensitivity"]
@@ -385,6 +450,67 @@ def test_what_was_changed_from_the_recipe(tmp_path):
     changed = {"overrides": {"train_rows": 2000, "epochs": 5}}
     folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan=changed)
     assert "whatever is said of it above: train_rows = 2000, epochs = 5." in what_was_run(read_sweep(folder))
+
+
+def settings_of(folder):
+    """Rows of the report's table of settings by name."""
+    text = what_was_run(read_sweep(folder)).partition("| setting |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()[2:]]
+    return {name: values for name, *values in rows}
+
+
+def test_settings_are_those_that_decide_a_run(tmp_path):
+    """None of them for arms or tasks where it plays no role, and the defaults where it does."""
+    folder = write_sweep(tmp_path / "a", {"lora": 0.8, "full": 0.8}, tasks=["rte"], seeds=[0], rows=20)
+    found = settings_of(folder)
+    assert found["matrices"] == ["all"] and found["adapter_dropout"] == ["0"] and found["scale"] == ["2"]
+    assert found["max_grad_norm"] == ["1"]
+    assert not found.keys() & {
+        "init_r", "tinit", "beta1", "orth_reg_weight", "stride", "n_best", "beams", "bottleneck",
+        "virtual_tokens", "train_biases", "dropout", "train_rows",
+    }  # fmt: skip
+    rates = dict.fromkeys(("sensitivity", "lora", "houlsby", "prefix"), 0.8)
+    recipe = {"matrices": ["query", "value"], "bottleneck": 32, "init_r": 12, "train_biases": True}
+    folder = write_sweep(tmp_path / "b", rates, tasks=["rte", "squad"], seeds=[0], rows=20, recipe=recipe)
+    path = folder / "rte" / "lora-seed0" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["recipe"] |= {"init_r": 99, "bottleneck": 99, "scale": 4.0}
+    write_json(path, config)
+    found = settings_of(folder)
+    assert found["matrices"] == ["query + value"] * 2 and found["train_biases"] == ["True"] * 2
+    assert found["init_r"] == ["12"] * 2 and found["bottleneck"] == ["32"] * 2  # not those of lora
+    assert found["scale"] == ["2, 4", "2"] and found["virtual_tokens"] == ["20"] * 2
+    assert found["beta1"] == found["beta2"] == ["0.85"] * 2
+    assert found["stride"] == ["–", "128"] and found["n_best"] == ["–", "20"] and "beams" not in found
+
+
+def test_settings_of_what_has_not_run_are_the_plans(tmp_path):
+    recipe = {
+        "defaults": {"epochs": 3, "scale": 8.0},
+        "tasks": {"wmt16_ro_en": {"beams": 7}},
+        "arms": {"lora": {"scale": 2.0}, "lora-r1": {"target_r": 1}},
+    }
+    plan = {"recipe": recipe, "overrides": {"epochs": 5}, "primary": {}}
+    write_plan(tmp_path, tasks=["wmt16_ro_en"], arms=["sensitivity", "lora-r1"], seeds=[0], **plan)
+    found = settings_of(tmp_path)
+    assert found["epochs"] == ["5"] and found["beams"] == ["7"]
+    assert found["scale"] == ["8, 2"] and found["target_r"] == ["8, 1"]
+
+
+def test_how_the_arms_scored(tmp_path):
+    rates = dict.fromkeys(("sensitivity", "fisher+task", "gsnr", "mine", "uniform", "lora"), 0.8)
+    folder = write_sweep(tmp_path, rates, tasks=["rte"], seeds=[0], rows=20)
+    path = folder / "rte" / "gsnr-seed0" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["smoothing"] = "sum"
+    write_json(path, config)
+    text = what_was_run(read_sweep(folder)).partition("| arm | score | smoothing | gradient |")[2]
+    assert [line for line in text.partition("\n\n")[0].splitlines()[2:]] == [
+        "| sensitivity | sensitivity | ema_uncertainty (its own) | total |",
+        "| fisher+task | fisher | ema (its own) | task |",
+        "| gsnr | gsnr | sum | total |",
+        "| mine | mine | its own | total |",
+    ]
 
 
 def test_a_plan_that_grew(tmp_path):

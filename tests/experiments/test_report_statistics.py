@@ -22,6 +22,7 @@ from adalora_fast.experiments.report.statistics import (
     percentiles,
     pooled_variance,
     replicates_for,
+    seed_means,
     seed_weights,
     student,
     verdict,
@@ -55,6 +56,7 @@ def test_paired_replicates_against_a_loop():
     for r in range(50):
         seeds = np.repeat(np.arange(4), np.round(4 * weights[r]).astype(int))
         assert drawn[r] == pytest.approx(np.mean([a[k, r] - b[k, r] for k in seeds]), abs=2e-9)
+        assert seed_means(a, weights)[r] == pytest.approx(np.mean([a[k, r] for k in seeds]))
     with pytest.raises(ValueError, match="do not belong together"):
         paired_replicates(a, b[:2], weights)
 
@@ -104,10 +106,14 @@ def test_pooled_variance_is_that_of_the_block_designs_residuals():
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("examples", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize("spread", [(1, 1, 1, 1, 1, 1), (2, 1.5, 1, 1, 0.7, 0.4)])
-def test_equal_arms_are_rarely_said_to_differ(seeds, examples, spread):
+@pytest.mark.parametrize(
+    ("spread", "most"),
+    [((1, 1, 1, 1, 1, 1), 0.08), ((2, 1.5, 1, 1, 0.7, 0.4), 0.08), ((10, 1, 1, 1, 1, 1), 0.12)],
+)
+def test_equal_arms_are_rarely_said_to_differ(seeds, examples, spread, most):
     """Six equal arms: Holm's p below 0.05 anywhere in at most about 5 % of families, also where the arms'
-    spreads differ fivefold. `examples` is their chance in units of that of the seeds' mean.
+    spreads differ fivefold; in 8 to 9 % with three seeds where one arm's is ten times the others'. `examples`
+    is their chance in units of that of the seeds' mean.
     """
     generator, families = np.random.default_rng(0), 400
     wrong = alone = 0
@@ -125,7 +131,9 @@ def test_equal_arms_are_rarely_said_to_differ(seeds, examples, spread):
         wrong += min(holm(p)) < 0.05
         p = [student(each.mean(), seeds, own[pair], examples**2, seeds - 1).p for pair, each in pairs.items()]
         alone += min(holm(p)) < 0.05
-    assert wrong / families < 0.08
+    assert wrong / families < most
+    if seeds == 3 and max(spread) == 10:
+        assert wrong / families > 0.05  # a known limit: the docs say so
     if seeds == 3 and examples == 0.5:
         assert alone / families > 0.12  # why the pair's own variance is not enough
 

@@ -1,7 +1,7 @@
-"""Forest plots: differences from the baseline with their intervals and the margin of equivalence."""
+"""Forest plots: differences from the baseline, their intervals and verdicts, the margin of equivalence."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .style import PALETTE
@@ -9,15 +9,39 @@ from .style import PALETTE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEYOND, BETWEEN = PALETTE[1], PALETTE[0]  # whether the interval excludes 0
+LOOKS = {  # colour and marker by how a verdict begins
+    "differs, by less": (PALETTE[1], "D"),
+    "differs": (PALETTE[1], "s"),
+    "equivalent": (PALETTE[2], "^"),
+    "not decided": (PALETTE[0], "o"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One difference in points, its 95 % and 90 % intervals, and the verdict on it."""
+
+    value: float
+    low: float
+    high: float
+    low90: float
+    high90: float
+    verdict: str
+
+    @property
+    def look(self) -> tuple[str, str]:
+        """Colour and marker."""
+        return next(look for words, look in LOOKS.items() if self.verdict.startswith(words))
 
 
 def contrasts_figure(
-    panels: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], *, baseline: str, margin: float
+    panels: Sequence[tuple[str, Sequence[tuple[str, Bar | None]]]], *, baseline: str, margin: float
 ) -> "Figure":
-    """One panel per task: (heading, [(arm, difference, low, high)]) in points; NaN: nothing to compare.
+    """One panel per task: (heading, [(arm, its difference)]) in points; None: nothing to compare.
 
-    An interval that excludes 0 is drawn in another colour with a square, the others with a circle.
+    Colour and marker are the verdict's, which is corrected for the number of arms; the intervals are not, so
+    one that excludes 0 may be of two arms that are "not decided". The thick part is the 90 % interval, by
+    which arms count as equivalent.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -33,16 +57,16 @@ def contrasts_figure(
     for number, (axis, (heading, rows)) in enumerate(zip(axes.flat, panels, strict=False)):
         axis.axvspan(-margin, margin, color="#DDDDDD", linewidth=0)
         axis.axvline(0, color="black", linewidth=0.8)
-        for place, (_, value, low, high) in enumerate(rows):
-            if math.isnan(value):
+        for place, (_, bar) in enumerate(rows):
+            if bar is None:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 axis.text(0, place, "incomplete", ha="center", va="center", fontsize=7, bbox=box)
                 continue
-            beyond = low > 0 or high < 0
-            colour, marker = (BEYOND, "s") if beyond else (BETWEEN, "o")
-            axis.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
-            axis.plot([value], [place], marker=marker, color=colour, markersize=4.5)
-        reach = [x for _, *numbers in rows for x in numbers if not math.isnan(x)]
+            colour, marker = bar.look
+            for low, high, width in ((bar.low, bar.high, 1.2), (bar.low90, bar.high90, 2.8)):
+                axis.plot([low, high], [place, place], color=colour, linewidth=width, solid_capstyle="butt")
+            axis.plot([bar.value], [place], marker=marker, color=colour, markersize=5)
+        reach = [x for _, bar in rows if bar is not None for x in (bar.low, bar.high)]
         least, most = min(-margin, *reach), max(margin, *reach)
         room = 0.06 * (most - least)
         axis.set_xlim(least - room, most + room)
@@ -55,14 +79,18 @@ def contrasts_figure(
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel(f"difference from {baseline}, points (right: better)", fontsize=9)
+    looks = {bar.verdict: bar.look for _, rows in panels for _, bar in rows if bar is not None}
     figure.legend(
         handles=[
-            Line2D([], [], color=BETWEEN, marker="o", markersize=4.5, label="95 % interval holds 0"),
-            Line2D([], [], color=BEYOND, marker="s", markersize=4.5, label="excludes 0"),
+            *(
+                Line2D([], [], color=colour, marker=marker, markersize=5, label=verdict)
+                for verdict, (colour, marker) in sorted(looks.items())
+            ),
+            Line2D([], [], color="black", linewidth=1.2, label="95 % interval, not corrected (thick: 90 %)"),
             Patch(color="#DDDDDD", label=f"±{margin:g} points"),
         ],
         loc="outside upper center",
-        ncols=3,
+        ncols=2,
         frameon=False,
         fontsize=8,
     )

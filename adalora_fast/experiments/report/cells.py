@@ -67,15 +67,15 @@ def metric_names(sweep: Sweep, task: str) -> list[tuple[str, str]]:
     ))  # fmt: skip
 
 
-def column_values(sweep: Sweep, arm: str) -> dict[str, float]:
-    """Means by column key of published tables, of the tasks whose every seed is complete."""
-    values = {}
+def column_cells(sweep: Sweep, arm: str) -> dict[str, Cell]:
+    """Cells by column key of published tables, of the tasks whose every seed is complete."""
+    cells = {}
     for column in COLUMNS:
         if column.task in sweep.plan.tasks and sweep.is_whole(column.task, arm):
             cell = metric_cell(sweep, column.task, arm, column.split, column.metric)
             if cell.is_whole and cell.mean is not None:
-                values[column.key] = cell.mean
-    return values
+                cells[column.key] = cell
+    return cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def averages(sweep: Sweep, arm: str) -> Averages:
         sum(sweep.runs[task, arm, seed].points for task in sweep.plan.tasks) / len(sweep.plan.tasks)
         for seed in sweep.plan.seeds
     ]
-    values = column_values(sweep, arm)
+    values = {key: cell.mean for key, cell in column_cells(sweep, arm).items()}
     return Averages(
         here=_cell(by_seed, planned), glue={name: glue_average(values, name) for name in CONVENTIONS}
     )

@@ -1,4 +1,4 @@
-"""Every pair of arms compared, per task and for the average over tasks."""
+"""Every pair of arms compared, per task and for the average over tasks, and the interval of every arm."""
 
 import zlib
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from .statistics import (
     percentiles,
     pooled_variance,
     replicates_for,
+    seed_means,
     seed_weights,
     student,
     verdict,
@@ -51,9 +52,12 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Contrasts:
-    """All contrasts of a sweep, the number of replicates, and what had to be left out."""
+    """All contrasts of a sweep, the 95 % interval (low, high) in points of every arm's own mean by (task,
+    arm), the number of replicates, and what had to be left out.
+    """
 
     all: tuple[Contrast, ...]
+    intervals: dict[tuple[str, str], tuple[float, float]]
     replicates: int
     remarks: tuple[str, ...]
 
@@ -71,7 +75,10 @@ class Contrasts:
 def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> Contrasts:
     """Contrast every two arms of a sweep (see `statistics` for the methods).
 
-    Only seeds that both arms have enter. `replicates` of None takes as many as Holm's correction needs.
+    Only seeds that both arms have enter. `replicates` of None takes as many as Holm's correction needs. An
+    arm's own interval is of the same replicates: percentiles of Σ_k w[b, k] S[k, b], where all its runs have
+    predictions.
+
     The average over tasks takes the arms that are complete everywhere. Its bootstrap draws seeds and examples
     anew for every task, as if runs of one seed on two tasks had nothing in common; its t takes each seed's
     average over the tasks, and supposes nothing.
@@ -80,6 +87,7 @@ def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> C
     if replicates is None:
         replicates = replicates_for(len(arms) * (len(arms) - 1) // 2)
     found: list[Contrast] = []
+    intervals: dict[tuple[str, str], tuple[float, float]] = {}
     remarks: list[str] = []
     whole = set(sweep.whole_arms())
     parts: dict[tuple[str, str], list[Measured]] = {
@@ -88,16 +96,26 @@ def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> C
     for task in sweep.plan.tasks:
         measured = task_replicates(sweep, task, replicates, seed)
         remarks.extend(measured.remarks)
+        weights = {
+            count: seed_weights(
+                count, replicates, np.random.Generator(np.random.PCG64([seed, zlib.crc32(task.encode())]))
+            )
+            for count in range(1, len(sweep.plan.seeds) + 1)
+        }
+        for arm in arms:
+            own = [measured.values.get((arm, s)) for s in sweep.of(task, arm)]
+            if own and all(values is not None for values in own):
+                low, high = np.quantile(seed_means(np.stack(own), weights[len(own)]), [0.025, 0.975])
+                intervals[task, arm] = (float(low), float(high))
         compared: dict[tuple[str, str], Measured] = {}
         for earlier, later in combinations(arms, 2):
             seeds = [s for s in sweep.plan.seeds if {(earlier, s), (later, s)} <= measured.values.keys()]
             if seeds:
-                generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(task.encode())]))
                 a, b = (np.stack([measured.values[arm, s] for s in seeds]) for arm in (later, earlier))
                 mine, theirs = ([sweep.runs[task, arm, s].points for s in seeds] for arm in (later, earlier))
                 compared[earlier, later] = Measured(
                     seeds=np.subtract(mine, theirs),
-                    replicates=paired_replicates(a, b, seed_weights(len(seeds), replicates, generator)),
+                    replicates=paired_replicates(a, b, weights[len(seeds)]),
                     examples=float(np.var(np.round((a - b).mean(axis=0), 9), ddof=1)),
                 )
         for pair in list(parts):
@@ -109,7 +127,7 @@ def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> C
     if len(sweep.plan.tasks) > 1:
         averaged = {pair: _average(measured) for pair, measured in parts.items()}
         found.extend(family(AVERAGE, averaged, sweep.plan.margin))
-    return Contrasts(all=tuple(found), replicates=replicates, remarks=tuple(remarks))
+    return Contrasts(all=tuple(found), intervals=intervals, replicates=replicates, remarks=tuple(remarks))
 
 
 def _average(measured: list[Measured]) -> Measured:

@@ -12,7 +12,8 @@ from .tables import escape_markdown
 MARK = "<!-- made by adalora-fast report; a later report replaces this file -->"
 FILES = (
     "Files beside this one: results.csv (one row per planned run; metrics as fractions), table.csv and "
-    "table.tex (arm × task, in points), contrasts.csv (all pairs, in points), and the figures as PNG and SVG."
+    "table.tex (arm × task, in points), contrasts.csv (all pairs, in points), published.csv (published "
+    "numbers and ours, in points; where there are any), and the figures as PNG and SVG."
 )
 
 

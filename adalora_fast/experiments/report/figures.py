@@ -1,18 +1,17 @@
 """Which pictures a sweep's report has, and the numbers behind them."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..plots.agreement import agreement_figure
-from ..plots.contrasts import contrasts_figure
+from ..plots.contrasts import Bar, contrasts_figure
 from ..plots.curves import curves_figure
 from ..plots.ranks import rank_figure
 from ..plots.style import arm_styles, save, styled
-from .contrasts import AVERAGE, Contrasts
+from .contrasts import AVERAGE, Contrast, Contrasts
 from .logs import ArmCurves, arm_curves
 from .rank_maps import adapted_matrices, agreement, rank_maps, varies
 from .sweep import NULLS, Sweep
@@ -39,7 +38,12 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
     with styled():
         panels = forest_panels(sweep, contrasts)
         if panels:
-            words = f"Differences from {sweep.plan.baseline} in points, with 95 % intervals"
+            words = (
+                f"Differences from {sweep.plan.baseline} in points with 95 % intervals (thick: 90 %), not "
+                "corrected for the number of arms; colours and markers are the verdicts, which are"
+            )
+            if any(contrast.seeds == 1 for contrast in contrasts.all):
+                words += "; with one seed in common, the examples' chance alone"
             figure = contrasts_figure(panels, baseline=sweep.plan.baseline, margin=sweep.plan.margin)
             keep("contrasts", "contrasts", figure, words)
         for task in sweep.plan.tasks:
@@ -95,22 +99,27 @@ def mean_ranks(sweep: Sweep, task: str) -> list[tuple[str, dict[str, float]]]:
     return found
 
 
-def forest_panels(
-    sweep: Sweep, contrasts: Contrasts
-) -> list[tuple[str, list[tuple[str, float, float, float]]]]:
-    """(task, [(arm, difference from the baseline, low, high)]); NaN for an arm without a contrast."""
+def forest_panels(sweep: Sweep, contrasts: Contrasts) -> list[tuple[str, list[tuple[str, Bar | None]]]]:
+    """(task, [(arm, its difference from the baseline)]); None for an arm without a contrast."""
     baseline, panels = sweep.plan.baseline, []
     others = [arm for arm in sweep.plan.arms if arm != baseline]
     for task in (*sweep.plan.tasks, AVERAGE):
-        rows = []
-        for arm in others:
-            contrast = contrasts.between(task, arm, baseline)
-            if contrast is None:
-                rows.append((arm, math.nan, math.nan, math.nan))
-            else:
-                estimate = contrast.estimate
-                rows.append((arm, estimate.value, estimate.bounds.low, estimate.bounds.high))
-        if any(not math.isnan(row[1]) for row in rows):
+        rows = [(arm, _bar(contrasts.between(task, arm, baseline))) for arm in others]
+        if any(bar is not None for _, bar in rows):
             heading = "average over tasks" if task == AVERAGE else task_heading(sweep, task)
             panels.append((heading, rows))
     return panels
+
+
+def _bar(contrast: Contrast | None) -> Bar | None:
+    if contrast is None:
+        return None
+    bounds = contrast.estimate.bounds
+    return Bar(
+        value=contrast.estimate.value,
+        low=bounds.low,
+        high=bounds.high,
+        low90=bounds.low90,
+        high90=bounds.high90,
+        verdict=contrast.verdict,
+    )

@@ -1,21 +1,31 @@
 """The report's tables of results: end of training, best checkpoint, published numbers, contrasts."""
 
-import re
 from collections import Counter
+from itertools import groupby
 
+from .beside import Beside, tables_beside
 from .cells import (
+    Cell,
     averages,
     checkpoint_cell,
-    column_values,
     metric_cell,
     metric_names,
     primary_cell,
 )
 from .contrasts import AVERAGE, Contrast, Contrasts
-from .published import CONVENTIONS, PublishedTable, published_tables
+from .published import CONVENTIONS
 from .statistics import DIFFERS
 from .sweep import NULLS, Run, Sweep
-from .tables import average_heading, markdown, metric_name, task_heading, task_name, winners
+from .tables import (
+    average_heading,
+    markdown,
+    metric_name,
+    model_warning,
+    sample_warning,
+    task_heading,
+    task_name,
+    winners,
+)
 
 CLUSTERED = ("mnli", "qnli", "squad", "squad_v2")  # several examples about one premise or passage
 NEAR = 5  # points above the majority class within which a task counts as not learnt
@@ -44,8 +54,42 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
     )
     if several:
         note += " The average is over complete rows only, and no published average is comparable with it."
-    parts = [markdown(head, rows), note, _chance(sweep), _ties(best), _glue(sweep), _details(sweep)]
+    parts = [markdown(head, rows), note, intervals(sweep, contrasts), _chance(sweep), _ties(best)]
+    parts += [_glue(sweep), _details(sweep)]
     return "\n\n".join(filter(None, parts))
+
+
+def intervals(sweep: Sweep, contrasts: Contrasts) -> str:
+    """The 95 % interval of every arm's own mean, folded away, with what it is and what it is not."""
+    if not contrasts.intervals:
+        return ""
+    rows = []
+    for arm in sweep.plan.arms:
+        own = [contrasts.intervals.get((task, arm)) for task in sweep.plan.tasks]
+        rows.append([arm, *("–" if each is None else f"{each[0]:.2f} to {each[1]:.2f}" for each in own)])
+    table = markdown(["arm", *(task_heading(sweep, task) for task in sweep.plan.tasks)], rows)
+    seeds = {len(sweep.of(task, arm)) for task, arm in contrasts.intervals}
+    text = (
+        f"Percentiles of the same {contrasts.replicates:,} bootstrap replicates as the contrasts' below, of "
+        "each arm's mean: seeds drawn with replacement, and one resample of the development set that all "
+        "share. "
+    )
+    if seeds != {1}:
+        text += (
+            "K seeds cannot be resampled to more than they are, so with few seeds these intervals are too "
+            "narrow. "
+        )
+    if 1 in seeds:
+        text += (
+            "**Of a single seed the interval holds the chance of the examples alone, not that of the "
+            "training.** "
+        )
+    text += (
+        "Arms share seeds and examples: whether two of them differ is for the contrasts to say, not for the "
+        "overlap of their intervals."
+    )
+    title = "95 % interval of each arm's own mean"
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n{text}\n\n</details>"
 
 
 def _chance(sweep: Sweep) -> str:
@@ -179,55 +223,38 @@ def beside_published(sweep: Sweep) -> str:
     """This sweep's rows below the published ones, with what makes them incomparable; numbers of the same
     model come first.
     """
-    shown = [(table.model, own) for table in published_tables() if (own := _published_part(sweep, table))]
+    shown = tables_beside(sweep)
     if not shown:
         return "No published table has the tasks of this sweep and those of its arms whose runs are complete."
-    models = sorted({run.result["model"] for run in sweep.runs.values()})
-    same = {published: all(_is_of(model, published) for model in models) for published, _ in shown}
-    parts = []
-    samples = [task_name(task) for task in sweep.plan.tasks if sweep.is_sample(task)]
-    if samples:
-        parts.append(
-            f"**{', '.join(samples)}: trained or evaluated on a sample here, on all of the data there.**"
-        )
-    for published in sorted(same, key=lambda published: not same[published]):
-        if not same[published]:
-            parts.append(
-                f"**The published numbers that follow are of {published}, these are of {', '.join(models)}: "
-                "they do not measure the same thing.**"
-            )
-        parts += [own for model, own in shown if model == published]
-    return "\n\n".join(parts)
+    parts = [_bold(sample_warning(sweep))]
+    for _, group in groupby(shown, key=lambda beside: beside.table.model):
+        tables = list(group)
+        parts.append(_bold(model_warning(sweep, tables[0])))
+        parts += [_published_part(sweep, beside) for beside in tables]
+    return "\n\n".join(filter(None, parts))
 
 
-def _is_of(model: str, published: str) -> bool:
-    """Whether a model's name or path says that it is the published one: distilbert-base is no bert-base."""
-    return re.search(rf"(?<![a-z]){re.escape(published)}", model.lower()) is not None
+def _bold(text: str) -> str:
+    return f"**{text}**" if text else ""
 
 
-def _published_part(sweep: Sweep, table: PublishedTable) -> str:
-    columns = [column for column in table.columns if column.task in sweep.plan.tasks]
-    shown = [row for row in table.rows if any(column.key in row.values for column in columns)]
-    own = {
-        arm: column_values(sweep, arm) for arm in sweep.plan.arms if arm in {row.arm for row in table.rows}
-    }
-    own = {arm: values for arm, values in own.items() if any(column.key in values for column in columns)}
-    if not shown or not own:
-        return ""
-    convention = table.convention
-    averaged = convention and any(averages(sweep, arm).glue[convention] is not None for arm in own)
+def _published_part(sweep: Sweep, beside: Beside) -> str:
+    table, columns, averaged = beside.table, beside.columns, beside.averages
     rows = []
-    for row in shown:
+    for row in beside.rows:
         cells = [_number(row.values.get(column.key)) for column in columns]
         rows.append([row.label, "published", *cells, *([_number(row.average)] if averaged else [])])
-    for arm, values in own.items():
-        cells = [_number(values.get(column.key)) for column in columns]
-        average = [_number(averages(sweep, arm).glue[convention])] if averaged else []
-        rows.append([arm, "here", *cells, *average])
+    for arm, own in beside.own.items():
+        cells = [_mean(own.get(column.key)) for column in columns]
+        rows.append([arm, "here", *cells, *([_mean(averaged.get(arm))] if averaged else [])])
     stars = [column.heading + ("*" if sweep.is_sample(column.task) else "") for column in columns]
-    head = ["method", "", *stars, *([f"average ({convention} columns)"] if averaged else [])]
+    head = ["method", "", *stars, *([f"average ({table.convention} columns)"] if averaged else [])]
     words = f"{table.title}. Source: {table.source}; seeds: {table.seeds}. {table.notes}"
     return f"{words}\n\n{markdown(head, rows, left=2)}"
+
+
+def _mean(cell: Cell | None) -> str:
+    return _number(cell.mean if cell else None)
 
 
 def _number(value: float | None) -> str:

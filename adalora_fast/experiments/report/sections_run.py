@@ -6,16 +6,12 @@ from typing import Any
 
 from ..recipes import GRID
 from ..tuning import Tuning
+from .sections_settings import scores, settings
 from .sweep import Run, Sweep, commands_of, distinct, output_of
 from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
 FEW = 8  # runs that are named one by one
-SETTINGS = (
-    "epochs", "learning_rate", "batch_size", "max_length", "weight_decay", "warmup", "init_r", "target_r",
-    "scale", "tinit", "tfinal", "deltaT", "orth_reg_weight", "dropout", "classifier_dropout", "precision",
-    "train_rows", "evaluation_rows",
-)  # fmt: skip
 
 
 def what_was_run(sweep: Sweep) -> str:
@@ -50,9 +46,7 @@ def what_was_run(sweep: Sweep) -> str:
             "published numbers."
         )
     parts.append(_data(sweep))
-    parts.append(
-        "Settings, as the runs had them (several values: they differ between runs):\n\n" + _settings(sweep)
-    )
+    parts += [settings(sweep), scores(sweep)]
     if plan.tuning:
         parts.append(_tuning(sweep))
     parts += [
@@ -116,19 +110,6 @@ def _data(sweep: Sweep) -> str:
             kind = "a sample" if any(split.get("sample") for split in found) else "whole"
             rows.append((task_name(task), name, kind, counts))
     return "Data:\n\n" + markdown(("task", "split", "", "rows"), rows, left=3) if rows else ""
-
-
-def _settings(sweep: Sweep) -> str:
-    rows = []
-    for task in sweep.plan.tasks:
-        recipes = [run.settings.get("recipe") or {} for run in sweep.task_runs(task)]
-        if not any(recipes):
-            recipe = sweep.plan.recipe
-            recipes = [(recipe.get("defaults") or {}) | ((recipe.get("tasks") or {}).get(task) or {})]
-        shown = {name: [r[name] for r in recipes if r.get(name) is not None] for name in SETTINGS}
-        rows.append((task_name(task), {name: distinct(values) for name, values in shown.items()}))
-    used = [name for name in SETTINGS if any(values[name] for _, values in rows)]
-    return markdown(("task", *used), [(t, *(v[name] or "–" for name in used)) for t, v in rows])
 
 
 def _tuning(sweep: Sweep) -> str:

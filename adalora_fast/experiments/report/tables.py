@@ -5,9 +5,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from .beside import Beside, models_of, tables_beside
 from .cells import Cell, averages, checkpoint_cell, metric_names, primary_cell
 from .contrasts import AVERAGE, Contrasts, best_of
-from .published import GLUE_TASKS
+from .published import GLUE_TASKS, PublishedRow
 from .statistics import Difference
 from .sweep import Sweep
 
@@ -56,7 +57,7 @@ def escape_latex(text: str) -> str:
     """Text that stands for itself in LaTeX."""
     special = {character: f"\\{character}" for character in "&%$#_{}"} | {
         "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-        "–": "--", "<": r"$<$", ">": r"$>$", "λ": r"$\lambda$",
+        "–": "--", "|": r"\textbar{}", "<": r"$<$", ">": r"$>$", "λ": r"$\lambda$",
     }  # fmt: skip
     return "".join(special.get(character, character) for character in text)
 
@@ -103,12 +104,14 @@ def result_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def table_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """One row per arm and task, and per arm for the averages; in points."""
+def table_rows(sweep: Sweep, contrasts: Contrasts) -> list[dict[str, Any]]:
+    """One row per arm and task, and per arm for the averages, which have no interval; in points."""
 
     def row(arm: str, task: str, metric: str, end: Cell, best: Cell | None) -> dict[str, Any]:
+        low, high = contrasts.intervals.get((task, arm), (None, None))
         return {
             "arm": arm, "task": task, "metric": metric, "mean": _rounded(end.mean), "std": _rounded(end.std),
+            "low_95": _rounded(low), "high_95": _rounded(high),
             "seeds": end.seeds, "planned_seeds": end.planned,
             "best_checkpoint_mean": _rounded(best.mean) if best else None,
             "best_checkpoint_std": _rounded(best.std) if best else None,
@@ -143,6 +146,64 @@ def contrast_rows(contrasts: Contrasts) -> list[dict[str, Any]]:
         for contrast in contrasts.all
         for bounds in [contrast.estimate.bounds]
     ]  # fmt: skip
+
+
+def published_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """One row per published number of `tables_beside`, in points, with ours of the arm that corresponds to
+    it: empty where the plan has no such arm, or its runs are not complete.
+    """
+    rows = []
+    for beside in tables_beside(sweep):
+        for row in beside.rows:
+            own = beside.own.get(row.arm, {})
+            found = [
+                ((c.task, c.split, c.metric), [c.task], row.values[c.key], own.get(c.key))
+                for c in beside.columns
+                if c.key in row.values
+            ]
+            if beside.averages and row.average is not None:
+                place = (f"glue_{beside.table.convention}_columns", "", "mixed")
+                found.append((place, list(GLUE_TASKS), row.average, beside.averages.get(row.arm)))
+            rows += [
+                {
+                    "table": beside.table.key, "source": beside.table.source, "model": beside.table.model,
+                    "method": row.label, "task": task, "split": split, "metric": metric,
+                    "published": published,
+                    "our_arm": row.arm if row.arm in sweep.plan.arms else None,
+                    "our_mean": _rounded(cell.mean) if cell else None,
+                    "our_std": _rounded(cell.std) if cell else None,
+                    "our_seeds": cell.seeds if cell else None,
+                    "caveat": caveat(sweep, beside, tasks) if cell else None,
+                }
+                for (task, split, metric), tasks, published, cell in found
+            ]  # fmt: skip
+    return rows
+
+
+def caveat(sweep: Sweep, beside: Beside, tasks: Sequence[str]) -> str:
+    """What keeps our numbers of these tasks from being compared with the published ones; "" if nothing."""
+    return ", ".join(
+        words
+        for words, holds in (
+            ("other model", not beside.same_model),
+            ("sample", any(map(sweep.is_sample, tasks))),
+        )
+        if holds
+    )
+
+
+def sample_warning(sweep: Sweep) -> str:
+    samples = ", ".join(task_name(task) for task in sweep.plan.tasks if sweep.is_sample(task))
+    return f"{samples}: trained or evaluated on a sample here, on all of the data there." if samples else ""
+
+
+def model_warning(sweep: Sweep, beside: Beside) -> str:
+    if beside.same_model:
+        return ""
+    return (
+        f"The published numbers that follow are of {beside.table.model}, these are of "
+        f"{', '.join(models_of(sweep))}: they do not measure the same thing."
+    )
 
 
 def _by_method(estimate: Difference) -> dict[str, Any]:
@@ -182,7 +243,7 @@ def average_heading(sweep: Sweep) -> str:
 
 
 def latex(sweep: Sweep, contrasts: Contrasts) -> str:
-    """The results table as a fragment for \\input; it needs the package booktabs."""
+    """The results table, published rows below ours, as a fragment for \\input; it needs booktabs."""
     best, several = winners(sweep, contrasts), len(sweep.plan.tasks) > 1
     head = [
         "arm",
@@ -206,4 +267,40 @@ def latex(sweep: Sweep, contrasts: Contrasts) -> str:
             text = escape_latex(cell.text())
             row.append(f"\\textbf{{{text}}}" if best[task] == [arm] else text)
         lines.append(" & ".join(row) + " \\\\")
+    lines += _published_lines(sweep, len(head))
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _published_lines(sweep: Sweep, width: int) -> list[str]:
+    """Below a rule, every source's numbers of the table's columns, and what keeps them from being compared.
+    No published average is of the tasks here.
+    """
+    lines = []
+    for beside in tables_beside(sweep):
+        table, rows = beside.table, []
+        for row in beside.rows:
+            values = [_published_primary(sweep, beside, row, task) for task in sweep.plan.tasks]
+            if any(value is not None for value in values):
+                cells = ["--" if value is None else f"{value:.2f}" for value in values]
+                cells += ["--"] * (width - 1 - len(cells))
+                rows.append(" & ".join([escape_latex(row.label), *cells]) + " \\\\")
+        if not rows:
+            continue
+        why = caveat(sweep, beside, [column.task for column in beside.columns])
+        title = table.title.partition(" (")[0] + ", published" + (f"; ours: {why}" if why else "")
+        source = f"{table.title}. Source: {table.source}; seeds: {table.seeds}. {table.notes}"
+        words = (source, sample_warning(sweep), model_warning(sweep, beside))
+        lines += [
+            "\\midrule",
+            *(f"% {text}" for text in words if text),
+            f"\\multicolumn{{{width}}}{{l}}{{\\emph{{{escape_latex(title)}}}}} \\\\",
+            *rows,
+        ]
+    return lines
+
+
+def _published_primary(sweep: Sweep, beside: Beside, row: PublishedRow, task: str) -> float | None:
+    """The published number that our primary metric corresponds to: for MNLI the mean of both parts."""
+    keys = [c.key for c in beside.columns if (c.task, c.metric) == (task, sweep.primary_metric(task))]
+    values = [row.values[key] for key in keys if key in row.values]
+    return sum(values) / len(values) if values and len(values) == len(keys) else None

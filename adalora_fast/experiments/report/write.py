@@ -9,16 +9,17 @@ from .contrasts import compare_all
 from .document import MARK, document
 from .figures import draw_figures
 from .sweep import read_sweep
-from .tables import as_csv, contrast_rows, latex, result_rows, table_rows
+from .tables import as_csv, contrast_rows, latex, published_rows, result_rows, table_rows
 
-OWN_FIGURES = ("ranks-*.png", "ranks-*.svg", "curves-*.png", "curves-*.svg",
-               "agreement.png", "agreement.svg", "contrasts.png", "contrasts.svg")  # fmt: skip
+NOT_ALWAYS = ("ranks-*.png", "ranks-*.svg", "curves-*.png", "curves-*.svg", "agreement.png",
+              "agreement.svg", "contrasts.png", "contrasts.svg", "published.csv")  # fmt: skip
 
 
 def write_report(
     sweep_folder: Path, output: Path | None = None, *, replicates: int | None = None
 ) -> list[Path]:
-    """Write report.md, results.csv, table.csv, contrasts.csv, table.tex and the figures of a sweep.
+    """Write report.md, results.csv, table.csv, contrasts.csv, table.tex and the figures of a sweep, and
+    published.csv where there are published numbers to set beside it.
 
     A pure function of the files in `sweep_folder`: the same files give the same bytes. Missing, unfinished
     and failed runs are listed with their reason. `output` is OUT/report by default; what an earlier report
@@ -47,10 +48,12 @@ def write_report(
         texts = {
             "report.md": document(sweep, contrasts, figures, remarks),
             "results.csv": as_csv(result_rows(sweep)),
-            "table.csv": as_csv(table_rows(sweep)),
+            "table.csv": as_csv(table_rows(sweep, contrasts)),
             "contrasts.csv": as_csv(contrast_rows(contrasts)),
             "table.tex": latex(sweep, contrasts),
         }
+        if published := published_rows(sweep):
+            texts["published.csv"] = as_csv(published)
         for name, text in texts.items():
             (beside / name).write_text(text, encoding="utf-8")
         names = [*texts, *sorted(path.name for path in beside.iterdir() if path.name not in texts)]
@@ -65,7 +68,7 @@ def _move(beside: Path, output: Path, names: list[str]) -> None:
     output.mkdir(exist_ok=True)
     earlier = output / "report.md"
     if earlier.is_file() and earlier.read_text(encoding="utf-8", errors="replace").startswith(MARK):
-        for pattern in OWN_FIGURES:
+        for pattern in NOT_ALWAYS:
             for path in output.glob(pattern):
                 if path.name not in names:
                     path.unlink()
