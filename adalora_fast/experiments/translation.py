@@ -95,10 +95,7 @@ class Translation:
         }
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: split.described
-            for name, split in self.splits.items()
-        }
+        return {name: split.described for name, split in self.splits.items()}
 
     def judge(self, split: str, outputs: Any) -> Judged:
         """BLEU and chrF of generated token ids [N, T], padded with anything below 0 or the padding token.
