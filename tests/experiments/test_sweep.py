@@ -194,7 +194,11 @@ def test_a_plan_is_read_and_changed_by_one_process_at_a_time(plan, tmp_path, pre
         ({"arms": ["fischer"]}, "unknown arm 'fischer'"),
         ({"seeds": [1, 1]}, "the seeds 1, 1 name one twice"),
         ({"content": {"grid": {"tasks": ["sst2"]}}}, "has no arms in its grid; give --arms"),
-        ({"content": {"grid": GRID | {"seeds": ["0"]}}}, "are not all integers"),
+        (
+            {"content": {"grid": GRID | {"seeds": ["0"]}}},
+            r"seeds of the grid is \['0'\]; give a list of integers",
+        ),
+        ({"seeds": ["0"]}, "are not all integers"),
         ({"content": {"model": None}, "model": None}, "names no model; give --model"),
         ({"content": {"defaults": {"epoch": 1}}}, "unknown setting 'epoch'"),
         ({"content": {"tuning": {"rates": [1]}}, "tune": True}, "unknown setting 'rates' under tuning"),

@@ -245,7 +245,9 @@ def test_other_settings_are_refused(folders, encoder, data_dir):
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="tunes glibc's malloc"
 )
 def test_large_tensors_do_not_cost_new_pages_in_every_step():
-    """In a process of its own: what other tests leave in the heap decides where a tensor finds room."""
+    """In a process of its own, as what other tests leave in the heap decides where a tensor finds room; the
+    median, as a use or two may find the room of the last one taken by something small.
+    """
     code = (
         "import resource, torch; from adalora_fast.experiments.training import keep_freed_memory\n"
         "def use():\n"
@@ -253,10 +255,10 @@ def test_large_tensors_do_not_cost_new_pages_in_every_step():
         "    kept = [torch.zeros(50 << 20, dtype=torch.uint8) for _ in range(2)]\n"
         "    del kept\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "keep_freed_memory(); use(); print(sum(use() for _ in range(5)))"
+        "keep_freed_memory(); use(); print(sorted(use() for _ in range(9))[4])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5000  # of 128,000 pages
+    assert int(done.stdout) < 1000  # of 25,600 pages
 
 
 def test_a_sample_is_marked(encoder, tmp_path):
