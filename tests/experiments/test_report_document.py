@@ -18,7 +18,6 @@ from adalora_fast.experiments.report.sections_results import (
     pairwise,
     results,
 )
-from adalora_fast.experiments.report.sections_run import what_was_run
 from adalora_fast.experiments.report.sweep import read_sweep
 from adalora_fast.experiments.report.tables import (
     as_csv,
@@ -380,48 +379,6 @@ def test_seeds_of_an_arm_adapt_the_same_matrices(tmp_path):
         rank_maps(read_sweep(tmp_path), "mrpc", "fisher")
 
 
-def test_tuning(tmp_path):
-    tuning = {"learning_rates": [1e-3, 2e-3, 4e-3], "seeds": [100, 101], "held_out": 0.1}
-    folder = write_sweep(
-        tmp_path, {"sensitivity": 0.8, "lora": 0.8}, tasks=["rte"], seeds=[0], plan={"tuning": tuning}
-    )
-    assert "tuned.json is not there yet" in what_was_run(read_sweep(folder))
-    chosen = {
-        "sensitivity": {"learning_rate": 2e-3, "scores": {}},
-        "lora": {"learning_rate": 4e-3, "scores": {}},
-    }
-    write_json(folder / "tuned.json", {"rte": chosen})
-    text = what_was_run(read_sweep(folder))
-    assert "from 0.001, 0.002, 0.004 on 10% of the training data" in text and "| lora | 0.004 |" in text
-    assert "a better one may lie beyond, for lora on RTE." in text
-
-
-def test_tuning_with_a_grid_of_an_arms_own(tmp_path):
-    tuning = {"learning_rates": [1e-3, 2e-3], "seeds": [100], "held_out": 0.1, "arms": {"full": [2e-5, 1e-3]}}
-    rates = {"sensitivity": 0.8, "full": 0.8}
-    folder = write_sweep(tmp_path, rates, tasks=["rte"], seeds=[0], plan={"tuning": tuning})
-    chosen = {"sensitivity": {"learning_rate": 1e-3}, "full": {"learning_rate": 2e-5}}
-    write_json(folder / "tuned.json", {"rte": chosen})
-    text = what_was_run(read_sweep(folder))
-    assert "from 0.001, 0.002 (2e-05, 0.001 for full) on 10%" in text
-    assert "may lie beyond, for sensitivity on RTE, full on RTE." in text
-
-
-def test_what_the_plan_left_out_and_did_not_plan(tmp_path):
-    """The reader sees which controls a recipe had, and which runs are older than their plan."""
-    recipe = {"grid": {"tasks": ["rte"], "arms": ["lora", "uniform"], "seeds": [0, 1]}}
-    late = {"recipe": recipe, "environment": {"started": "2027-01-01T00:00:00+00:00"}}
-    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan=late)
-    path = folder / "rte" / "lora-seed0" / "config.json"
-    config = json.loads(path.read_text())
-    config["environment"]["started"] = "2026-12-31T23:59:00+00:00"
-    write_json(path, config)
-    text = what_was_run(read_sweep(folder))
-    assert "the plan leaves out: arms uniform; seeds 1." in text
-    assert "Begun before plan.json was written (2027-01-01T00:00:00+00:00)" in text
-    assert "rte/lora-seed0" in text
-
-
 def test_a_task_that_was_not_learnt(tmp_path):
     """RTE is no better than the majority class, MRPC is; CoLA's majority has a Matthews correlation of 0."""
     rates = {"sensitivity": 0.8, "lora": 0.78}
@@ -444,81 +401,6 @@ def test_a_task_that_was_not_learnt(tmp_path):
     assert "Collapsed to it where other arms learnt the task: lora on MRPC (1 of 1 runs);" in text
     untold = read_sweep(write_sweep(tmp_path / "b", rates, tasks=["mrpc"], seeds=[0]))
     assert "majority" not in results(untold, compare_all(untold, 20))
-
-
-def test_what_was_changed_from_the_recipe(tmp_path):
-    changed = {"overrides": {"train_rows": 2000, "epochs": 5}}
-    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan=changed)
-    assert "whatever is said of it above: train_rows = 2000, epochs = 5." in what_was_run(read_sweep(folder))
-
-
-def settings_of(folder):
-    """Rows of the report's table of settings by name."""
-    text = what_was_run(read_sweep(folder)).partition("| setting |")[2].partition("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()[2:]]
-    return {name: values for name, *values in rows}
-
-
-def test_settings_are_those_that_decide_a_run(tmp_path):
-    """None of them for arms or tasks where it plays no role, and the defaults where it does."""
-    folder = write_sweep(tmp_path / "a", {"lora": 0.8, "full": 0.8}, tasks=["rte"], seeds=[0], rows=20)
-    found = settings_of(folder)
-    assert found["matrices"] == ["all"] and found["adapter_dropout"] == ["0"] and found["scale"] == ["2"]
-    assert found["max_grad_norm"] == ["1"]
-    assert not found.keys() & {
-        "init_r", "tinit", "beta1", "orth_reg_weight", "stride", "n_best", "beams", "bottleneck",
-        "virtual_tokens", "train_biases", "dropout", "train_rows",
-    }  # fmt: skip
-    rates = dict.fromkeys(("sensitivity", "lora", "houlsby", "prefix"), 0.8)
-    recipe = {"matrices": ["query", "value"], "bottleneck": 32, "init_r": 12, "train_biases": True}
-    folder = write_sweep(tmp_path / "b", rates, tasks=["rte", "squad"], seeds=[0], rows=20, recipe=recipe)
-    path = folder / "rte" / "lora-seed0" / "config.json"
-    config = json.loads(path.read_text())
-    config["settings"]["recipe"] |= {"init_r": 99, "bottleneck": 99, "scale": 4.0}
-    write_json(path, config)
-    found = settings_of(folder)
-    assert found["matrices"] == ["query + value"] * 2 and found["train_biases"] == ["True"] * 2
-    assert found["init_r"] == ["12"] * 2 and found["bottleneck"] == ["32"] * 2  # not those of lora
-    assert found["scale"] == ["2, 4", "2"] and found["virtual_tokens"] == ["20"] * 2
-    assert found["beta1"] == found["beta2"] == ["0.85"] * 2
-    assert found["stride"] == ["–", "128"] and found["n_best"] == ["–", "20"] and "beams" not in found
-
-
-def test_settings_of_what_has_not_run_are_the_plans(tmp_path):
-    recipe = {
-        "defaults": {"epochs": 3, "scale": 8.0},
-        "tasks": {"wmt16_ro_en": {"beams": 7}},
-        "arms": {"lora": {"scale": 2.0}, "lora-r1": {"target_r": 1}},
-    }
-    plan = {"recipe": recipe, "overrides": {"epochs": 5}, "primary": {}}
-    write_plan(tmp_path, tasks=["wmt16_ro_en"], arms=["sensitivity", "lora-r1"], seeds=[0], **plan)
-    found = settings_of(tmp_path)
-    assert found["epochs"] == ["5"] and found["beams"] == ["7"]
-    assert found["scale"] == ["8, 2"] and found["target_r"] == ["8, 1"]
-
-
-def test_how_the_arms_scored(tmp_path):
-    rates = dict.fromkeys(("sensitivity", "fisher+task", "gsnr", "mine", "uniform", "lora"), 0.8)
-    folder = write_sweep(tmp_path, rates, tasks=["rte"], seeds=[0], rows=20)
-    path = folder / "rte" / "gsnr-seed0" / "config.json"
-    config = json.loads(path.read_text())
-    config["settings"]["smoothing"] = "sum"
-    write_json(path, config)
-    text = what_was_run(read_sweep(folder)).partition("| arm | score | smoothing | gradient |")[2]
-    assert [line for line in text.partition("\n\n")[0].splitlines()[2:]] == [
-        "| sensitivity | sensitivity | ema_uncertainty (its own) | total |",
-        "| fisher+task | fisher | ema (its own) | task |",
-        "| gsnr | gsnr | sum | total |",
-        "| mine | mine | its own | total |",
-    ]
-
-
-def test_a_plan_that_grew(tmp_path):
-    grown = [{"at": "2026-02-03T00:00:00+00:00", "tasks": [], "arms": ["lora"], "seeds": [3, 4]}]
-    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan={"amended": grown})
-    assert "The plan grew on 2026-02-03T00:00:00+00:00 by arms lora; seeds 3, 4." in what_was_run(
-        read_sweep(folder)
-    )
 
 
 def test_a_sweep_in_which_nothing_has_run(tmp_path):
