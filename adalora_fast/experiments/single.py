@@ -37,7 +37,7 @@ def run_single(
     settings = RunSettings(
         task=task.name,
         model=whole_path(model),
-        data_dir=None if data_dir is None else os.path.abspath(data_dir.expanduser()),
+        data_dir=whole_folder(data_dir),
         **options,
     )
     settings = replace(settings, recipe=load_recipe(recipe, task.name, settings.arm, **overrides))
@@ -78,6 +78,11 @@ def start_run(settings: RunSettings, output: Path, progress: TrainingProgress) -
 def whole_path(model: str) -> str:
     """A local folder's whole path, so that a run means the same from everywhere; names stay names."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def whole_folder(data_dir: Path | None) -> str | None:
+    """The whole path of the data, spelled in one way; None, for the hub, stays."""
+    return None if data_dir is None else os.path.abspath(data_dir.expanduser())
 
 
 def check_score(settings: RunSettings) -> None:

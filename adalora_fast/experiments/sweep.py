@@ -39,7 +39,7 @@ from .runs import (
     read_json,
     read_object,
 )
-from .single import start_run, whole_path
+from .single import start_run, whole_folder, whole_path
 from .tasks import get_task
 from .tuning import Tuning, diverged
 
@@ -205,7 +205,7 @@ def make_plan(
         content=content,
         model=whole_path(model),
         tuning=Tuning.of(content.get("tuning")) if tune else None,
-        data_dir=None if data_dir is None else os.path.abspath(data_dir.expanduser()),
+        data_dir=whole_folder(data_dir),
         overrides=overrides or {},
         options=options or {},
         **parts,
@@ -224,15 +224,14 @@ def write_plan(plan: Plan, output: Path) -> None:
     """
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    with alone_in(output):
-        _write_plan(plan.described(), output)
+        with alone_in(output):
+            _write_plan(plan.described(), output)
 
 
 def _write_plan(described: dict[str, Any], output: Path) -> None:
     path = output / "plan.json"
     if not path.is_file():
-        with writing_to(output):
-            write_json(path, described | {"environment": environment(), "amended": []})
+        write_json(path, described | {"environment": environment(), "amended": []})
         return
     described = json.loads(json.dumps(described))
     try:

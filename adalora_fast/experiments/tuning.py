@@ -93,8 +93,8 @@ class Tuning:
                 }
                 try:
                     tuned[task][arm] = _best(folders)
-                except LookupError as error:
-                    without.append(f"{task}/{arm}: {error.args[0]}")
+                except NoRate as reason:
+                    without.append(f"{task}/{arm}: {reason}")
         if any(tuned.values()):
             write_json(path, tuned)
         return {
@@ -103,18 +103,22 @@ class Tuning:
         }, without
 
 
+class NoRate(Exception):
+    """Why an arm has no learning rate."""
+
+
 def _best(folders: dict[float, list[Path]]) -> dict[str, Any]:
-    """The entry of tuned.json for an arm with these runs; LookupError with the reason where there is none."""
+    """The entry of tuned.json for an arm with these runs; NoRate where there is none."""
     scores = {}
     for rate, of_rate in sorted(folders.items()):
         if any(diverged(folder) for folder in of_rate):
             continue
         missing = next((folder for folder in of_rate if not (folder / "result.json").is_file()), None)
         if missing is not None:
-            raise LookupError(f"no rate is chosen before {missing.name} is there; run the command again")
+            raise NoRate(f"no rate is chosen before {missing.name} is there; run the command again")
         scores[rate] = float(np.mean([read_result(folder)["primary"] for folder in of_rate]))
     if not scores:
-        raise LookupError(f"every learning rate of {sorted(folders)} diverged; give it lower ones")
+        raise NoRate(f"every learning rate of {sorted(folders)} diverged; give it lower ones")
     best = max(scores, key=lambda rate: (scores[rate], -rate))
     return {"learning_rate": best, "scores": {f"{rate:g}": score for rate, score in scores.items()}}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..recipes import Recipe
+from ..recipes import Recipe, recipe_of
 from ..runs import LOW_RANK, NULLS, OTHER_METHODS
 from ..tasks import TASKS
 from .sweep import Sweep, distinct
@@ -70,11 +70,8 @@ def _recipes(sweep: Sweep, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _method(run.arm), asdict(Recipe()) | run.settings["recipe"]
     if not known:
         plan = sweep.plan
-        common = (plan.recipe.get("defaults") or {}) | ((plan.recipe.get("tasks") or {}).get(task) or {})
-        arms = plan.recipe.get("arms") or {}
         for arm in plan.arms:
-            own = arms.get(arm.partition("-")[0], {}) | arms.get(arm, {})
-            yield _method(arm), asdict(Recipe()) | common | own | plan.overrides
+            yield _method(arm), asdict(recipe_of(plan.recipe, plan.name, task, arm, **plan.overrides))
 
 
 def _method(arm: str) -> str:
