@@ -20,8 +20,8 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from adalora_fast.experiments.families import family_of, is_of_head
 from adalora_fast.experiments.fusion import TRAINED
-from adalora_fast.experiments.models import head_modules, is_of_head
 from adalora_fast.integrations.files import (
     PREFIX,
     adapted_in,
@@ -219,7 +219,7 @@ def _check(change: RunChange, run: SavedRun, base: nn.Module) -> None:
                 f"{run.adapter} changes {name} of shape {list(shape)}, and in {run.settings.model} it is "
                 f"{list(parameters[name].shape)}; give its own base"
             )
-    head = head_modules(base.config.model_type, run.task.kind)
+    head = family_of(base).head_for(run.task.kind)
     missing = [name for name in parameters if is_of_head(name, head) and name not in change.tensors]
     if missing:
         raise ValueError(f"{run.adapter} lacks {missing[0]} of the head; train the run again")

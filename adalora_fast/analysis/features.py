@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding
 
 from adalora_fast.environment import writing_to
-from adalora_fast.experiments.models import head_modules, is_of_head
+from adalora_fast.experiments.families import family_of, is_of_head
 from adalora_fast.experiments.squad import QuestionSplit
 from adalora_fast.experiments.tasks import Split
 from adalora_fast.experiments.workloads import vocabulary_of
@@ -133,13 +133,9 @@ def mean_states(
 
 def hash_of_base(model: nn.Module) -> str:
     """sha256 of the configuration's type and every parameter outside of the head, which each run brings."""
-    config = model.config
-    heads = {
-        name
-        for kind in ("classification", "question_answering")
-        for name in head_modules(config.model_type, kind)
-    }
-    digest = hashlib.sha256(config.model_type.encode())
+    family = family_of(model)
+    heads = {*family.head, *family.question_answering_head}
+    digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in sorted(model.named_parameters()):
         if not is_of_head(name, heads):
             digest.update(name.encode())

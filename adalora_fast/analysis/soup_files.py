@@ -17,7 +17,8 @@ from torch import Tensor
 
 from adalora_fast.environment import writing_to
 from adalora_fast.experiments.adapters import TASK_TYPES
-from adalora_fast.experiments.models import head_modules, is_of_head, resolve_model
+from adalora_fast.experiments.families import family_of, is_of_head
+from adalora_fast.experiments.models import resolve_model
 from adalora_fast.experiments.quiet import without_model_bars
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import get_task
@@ -61,7 +62,7 @@ def save_lora(
     if rank is not None and rank < 1:
         raise ValueError(f"the rank is {rank}; choose 1 or more")
     task = get_task(settings.task)
-    head = head_modules(shared.model.config.model_type, task.kind)
+    head = family_of(shared.model).head_for(task.kind)
     names = list(dict.fromkeys(name for change in changes for name in change.tensors))
     biases = [name for name in names if not is_of_head(name, head)]
     if not all(name.endswith(".bias") for name in biases):

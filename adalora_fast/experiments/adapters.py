@@ -1,6 +1,5 @@
 """From settings to the model that is trained: the encoder with a new head, and what of it may change."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from torch import nn
 from .arms import register_nulls
 from .bottleneck import add_bottlenecks, check_bottlenecks
 from .encoders import load_model
+from .families import family_of, is_of_head
 from .fusion import TRAINED, add_fusion
-from .models import family_of, head_modules, is_of_head, target_modules
 from .quiet import without_model_bars
 from .runs import LOW_RANK, VIRTUAL, RunSettings
 from .tasks import Task
@@ -60,7 +59,7 @@ def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
     `train_biases` adds every bias of the encoder to what any of them trains.
     """
     check_bottlenecks(settings)
-    head = head_modules(model.config.model_type, task.kind)
+    head = family_of(model).head_for(task.kind)
     if settings.method == "head" and not head:
         raise ValueError(
             f"method head trains the head alone, and {task.kind} has none; choose another --method, for "
@@ -119,7 +118,7 @@ def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list
     recipe = settings.recipe
     common: dict[str, Any] = {
         "task_type": task_type(task),
-        "target_modules": adapted_modules(model.config.model_type, recipe.matrices),
+        "target_modules": adapted_modules(model, recipe.matrices),
         "modules_to_save": head or None,
         "lora_dropout": recipe.adapter_dropout,
         "bias": "all" if recipe.train_biases else "none",
@@ -153,20 +152,24 @@ def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list
     return adapted
 
 
-def adapted_modules(model_type: str, matrices: Sequence[str] | None) -> list[str] | str:
-    """PEFT's `target_modules`: a pattern of these matrices in every layer; all that the family lists if None.
+def adapted_modules(model: nn.Module, matrices: Sequence[str] | None) -> str:
+    """PEFT's `target_modules`: a pattern of these matrices in every layer; of those that its family adapts if
+    None.
 
     Raises:
-        ValueError: the family has no such matrix.
+        ValueError: the model has no such matrix, or none at all.
     """
-    if matrices is None:
-        return target_modules(model_type)
-    known = family_of(model_type).matrices
-    unknown = next((name for name in matrices if name not in known), None)
+    family, model_type = family_of(model), model.config.model_type
+    if not family.matrices:
+        raise ValueError(
+            f"a {model_type} encoder has no linear matrices in its layers; use --method full, head or bitfit"
+        )
+    unknown = next((name for name in matrices or () if name not in family.matrices), None)
     if unknown is not None:
-        raise ValueError(f"a {model_type} encoder has no matrix {unknown!r}; choose from {', '.join(known)}")
-    suffixes = "|".join(re.escape(known[name]) for name in matrices)
-    return rf".*\blayers?\.\d+\.(?:{suffixes})"  # as in `locate_matrix`
+        raise ValueError(
+            f"a {model_type} encoder has no matrix {unknown!r}; choose from {', '.join(family.matrices)}"
+        )
+    return family.pattern(matrices or family.adapted or family.matrices)
 
 
 def task_type(task: Task) -> Any:

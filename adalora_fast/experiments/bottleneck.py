@@ -8,7 +8,7 @@ import re
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .models import family_of
+from .families import family_of
 from .runs import RunSettings
 
 PLACES = ("attention output", "output")  # the second projection of a feed-forward block is the latter
@@ -57,9 +57,14 @@ def places_of(model: nn.Module) -> dict[str, nn.Module]:
     Behind each come the dropout (if there is one), the residual connection and the layer norm; in ModernBERT
     the norms stand before the blocks.
     """
-    matrices = family_of(model.config.model_type).matrices
-    suffixes = "|".join(re.escape(matrices[place]) for place in PLACES)
-    names = [name for name, _ in model.named_modules() if re.search(rf"\blayers?\.\d+\.({suffixes})$", name)]
+    family = family_of(model)
+    if not family.matrices.keys() >= set(PLACES):
+        raise ValueError(
+            f"where a bottleneck belongs in a {model.config.model_type} encoder is not known; use another "
+            "--method, for instance lora"
+        )
+    places = re.compile(family.pattern(PLACES))
+    names = [name for name, _ in model.named_modules() if places.fullmatch(name)]
     return {name: model.get_submodule(name) for name in names}
 
 

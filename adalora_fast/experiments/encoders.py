@@ -13,16 +13,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from .models import (
-    FAMILIES,
-    Family,
-    Kind,
-    family_of,
-    head_modules,
-    is_of_head,
-    model_type_of,
-    resolve_model,
-)
+from .families import Family, Kind, check_model_type, family_of, is_of_head
+from .models import model_type_of, resolve_model
 from .quiet import without_model_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,14 +56,13 @@ def load_model(
     _check_options(kind, labels, dtype, compute_dtype, attention)
     path = resolve_model(name)
     if Path(path).is_dir():
-        family_of(model_type_of(path))
+        model_type_of(path)
     with _quiet():
         config = _configuration(name, path, kind, labels)
-        family = family_of(config.model_type)
-        _check_kind(name, config.model_type, family, kind)
+        check_model_type(config, kind)
+        family = family_of(_outline(name, config, kind, attention))
         _set_dropout(config, family, kind, classifier_dropout, dropout)
-        _check_head_and_attention(name, config, kind, attention)
-        head = head_modules(config.model_type, kind)
+        head = family.head_for(kind)
         quantisation = _four_bits(head, DTYPES[compute_dtype]) if dtype == QUANTISED else None
         model, report = _load(name, path, config, kind, attention, quantisation)
         tokenizer = _load_tokenizer(name, path)
@@ -161,16 +152,6 @@ def _check_options(
         raise ValueError(f"unknown attention {attention!r}; choose one of {', '.join(ATTENTIONS)}")
 
 
-def _check_kind(name: str, model_type: str, family: Family, kind: Kind) -> None:
-    """ValueError where an encoder shall translate, or a model for translation shall do anything else."""
-    if kind not in family.kinds:
-        possible = [other for other, its in FAMILIES.items() if kind in its.kinds]
-        raise ValueError(
-            f"model {name!r} of type {model_type!r} is not for {kind.replace('_', ' ')}; choose a model of "
-            f"type {', '.join(possible)}"
-        )
-
-
 def _auto_class(kind: Kind) -> Any:
     import transformers
 
@@ -240,32 +221,35 @@ def _set_dropout(
     if before_head is not None:
         if classifier_dropout is not None:
             setattr(config, before_head, classifier_dropout)
-        elif getattr(config, before_head, None) is None:  # it then follows the encoder's dropout
+        elif getattr(config, before_head, None) is None and hasattr(config, "hidden_dropout_prob"):
+            # which it would follow, changed or not
             setattr(config, before_head, config.hidden_dropout_prob)
     if dropout is not None:
         for field in family.dropout:
             setattr(config, field, dropout)
 
 
-def _check_head_and_attention(name: str, config: Any, kind: Kind, attention: str | None) -> None:
-    """ValueError where transformers has no such head for this type, or the model not this attention."""
+def _outline(name: str, config: Any, kind: Kind, attention: str | None) -> nn.Module:
+    """The model without its numbers; ValueError where transformers has no such head for this type, or the
+    model not this attention.
+    """
     auto_class = _auto_class(kind)
 
-    def build(attention: str | None) -> None:
+    def build(attention: str | None) -> nn.Module:
         with torch.device("meta"):  # no memory and no initial values
-            auto_class.from_config(copy.deepcopy(config), attn_implementation=attention)
+            return auto_class.from_config(copy.deepcopy(config), attn_implementation=attention)
 
     try:
-        build(None)
+        outline = build(None)
     except _UNREADABLE as error:
         raise ValueError(
             f"model {name!r} of type {config.model_type!r} cannot have a head for {kind} "
             f"({_in_one_line(error)}); give another model"
         ) from error
     if attention is None:
-        return
+        return outline
     try:
-        build(attention)
+        return build(attention)
     except _UNREADABLE as error:
         possible = []
         for other in ATTENTIONS:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from adalora_fast.integrations.files import file_within, read_tensors
 
 from .adapters import adapted_modules, task_type
+from .families import position_limit
 from .fusion import TRAINED
-from .models import position_limit
 from .recipes import Recipe
 from .runs import RunSettings
 from .tasks import Task
@@ -49,7 +49,7 @@ def add_prompt(model: nn.Module, settings: RunSettings, task: Task, head: list[s
             "use lora or adalora"
         )
     if method == "ia3":
-        config = _scales_config(model.config.model_type, task, head)
+        config = _scales_config(model, task, head)
     else:
         _check_length(model.config, recipe, method)
         config = _prompt_config(model, method, recipe.virtual_tokens, task, head)
@@ -86,21 +86,21 @@ def _prompt_config(model: nn.Module, method: str, virtual_tokens: int, task: Tas
     return PromptTuningConfig(token_dim=width, prompt_tuning_init="SAMPLE_VOCAB", **common)
 
 
-def _scales_config(model_type: str, task: Task, head: list[str]) -> Any:
+def _scales_config(model: nn.Module, task: Task, head: list[str]) -> Any:
     from peft import IA3Config
 
     try:
-        scaled = adapted_modules(model_type, ("key", "value", "output"))
+        scaled = adapted_modules(model, ("key", "value", "output"))
     except ValueError as error:
         raise ValueError(
-            f"the method ia3 scales keys and values, and a {model_type} encoder has no matrices of their own "
-            "for them; use lora or bitfit"
+            f"the method ia3 scales keys and values, and a {model.config.model_type} encoder has no "
+            "matrices of their own for them; use lora or bitfit"
         ) from error
     return IA3Config(
         task_type=task_type(task),
         modules_to_save=list(head),
         target_modules=scaled,
-        feedforward_modules=adapted_modules(model_type, ("output",)),  # scaled before the matrix
+        feedforward_modules=adapted_modules(model, ("output",)),  # scaled before the matrix
     )
 
 

@@ -32,8 +32,8 @@ from adalora_fast.environment import write_json
 
 from .adapters import adapt, load_encoder, save_adapter
 from .allocation import check_budget, ranks_of, training_callbacks
+from .families import position_limit
 from .fusion import mean_weights
-from .models import position_limit
 from .progress import TrainingProgress
 from .recorder import Recorder
 from .runs import RunFolder, RunSettings, open_run, read_json

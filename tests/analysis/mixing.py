@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification
 
 from adalora_fast.analysis.changes import Factors, RunChange
 from adalora_fast.analysis.shared import SharedModel
-from adalora_fast.experiments.models import target_modules
+from adalora_fast.experiments.families import family_of
 from tests.experiments.tiny import encoder_config
 
 
@@ -23,7 +23,7 @@ def adapter(shared, rank, seed):
     def random(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64) / 4
 
-    suffixes = tuple(f".{name}" for name in target_modules(shared.model.config.model_type))
+    suffixes = tuple(f".{name}" for name in family_of(shared.model).matrices.values())
     factors = {
         name: Factors(A=random(rank, module.in_features), B=random(module.out_features, rank))
         for name, module in shared.model.named_modules()

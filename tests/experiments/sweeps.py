@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from adalora_fast.experiments.families import FAMILIES
 from adalora_fast.experiments.metrics import METRICS
-from adalora_fast.experiments.models import FAMILIES
 from adalora_fast.experiments.tasks import TASKS
 
 INIT_R, TARGET_R = 4, 2

@@ -8,13 +8,13 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 from adalora_fast.experiments.adapters import adapt
 from adalora_fast.experiments.allocation import PeftAllocation, check_budget, ranks_of, training_callbacks
-from adalora_fast.experiments.models import head_modules, locate_matrix, target_modules
+from adalora_fast.experiments.families import FAMILIES, locate_matrix
 from adalora_fast.experiments.recipes import Recipe
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.tasks import TASKS
 from tests.experiments.tiny import LAYERS, RECIPE, encoder_config
 
-FAMILIES = ["bert", "roberta", "deberta-v2", "modernbert"]  # every family: test_encoders.py
+TYPES = ["bert", "roberta", "deberta-v2", "modernbert"]  # every family: test_encoders.py
 ADAPTED = ["adalora", "peft", "lora"]
 
 
@@ -36,22 +36,22 @@ def trained(model):
 
 
 def in_head(name, family, kind="classification"):
-    return bool(set(head_modules(family, kind)).intersection(name.split(".")))
+    return bool(set(FAMILIES[family].head_for(kind)).intersection(name.split(".")))
 
 
 @pytest.mark.parametrize("method", ["adalora", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_every_matrix_of_every_layer_once(family, method):
     model = adapted(family, method)
     ranks = ranks_of(model, settings(method))
     places = [locate_matrix(name) for name in ranks]
-    assert len(places) == len(set(places)) == LAYERS * len(target_modules(family))
+    assert len(places) == len(set(places)) == LAYERS * len(FAMILIES[family].matrices)
     assert set(ranks.values()) == {RECIPE.init_r if method == "adalora" else RECIPE.target_r}
     assert not any(in_head(name, family) for name in ranks)
 
 
 @pytest.mark.parametrize("method", ADAPTED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_adapters_and_the_whole_head_are_trained_and_nothing_else(family, method):
     model = adapted(family, method)
     outside = {name for name in trained(model) if "lora_" not in name}
@@ -76,7 +76,7 @@ def test_question_answering_has_its_own_head(method):
     assert all(in_head(name, "bert", "question_answering") for name in trained(model) if "lora_" not in name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_head_only_and_full(family):
     model = adapted(family, "head")
     assert trained(model) == {name for name, _ in model.named_parameters() if in_head(name, family)}

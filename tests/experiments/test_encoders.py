@@ -12,14 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as library_logging
 
 from adalora_fast import fuse
+from adalora_fast.experiments.adapters import adapted_modules
 from adalora_fast.experiments.encoders import load_model
-from adalora_fast.experiments.models import (
-    FAMILIES,
-    MINILM_PACKAGE,
-    head_modules,
-    locate_matrix,
-    target_modules,
-)
+from adalora_fast.experiments.families import FAMILIES, family_of, locate_matrix
+from adalora_fast.experiments.models import MINILM_PACKAGE
 from tests.experiments.deberta import needs_sentencepiece, save_deberta
 from tests.experiments.tiny import LAYERS, changed_encoder, save_encoder
 
@@ -71,7 +67,6 @@ def batch(tokenizer, kind):
 
 
 def adapted(model, kind):
-    model_type = model.config.model_type
     model = get_peft_model(
         model,
         AdaLoraConfig(
@@ -79,8 +74,8 @@ def adapted(model, kind):
             init_r=3,
             target_r=2,
             total_step=100,
-            target_modules=target_modules(model_type),
-            modules_to_save=head_modules(model_type, kind),
+            target_modules=adapted_modules(model, None),
+            modules_to_save=family_of(model).head_for(kind),
         ),
     )
     for name, parameter in model.named_parameters():
@@ -131,6 +126,8 @@ def test_adapters_and_head_are_trained_and_nothing_else(folders, family, kind, d
     for name, parameter in trained.items():
         assert parameter.dtype == torch.float32, name
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    if kind == "question_answering":  # a bias of all tokens has a gradient of zero, but for rounding
+        outside = {name: parameter for name, parameter in outside.items() if name.endswith("weight")}
     assert all(parameter.grad.abs().sum() > 0 for parameter in outside.values())
 
 

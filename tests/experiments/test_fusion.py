@@ -13,8 +13,8 @@ from adalora_fast import cli
 from adalora_fast.experiments import training
 from adalora_fast.experiments.adapters import adapt, load_encoder
 from adalora_fast.experiments.bottleneck import Bottleneck
+from adalora_fast.experiments.families import FAMILIES
 from adalora_fast.experiments.fusion import Fusion, mean_weights, open_sources
-from adalora_fast.experiments.models import head_modules
 from adalora_fast.experiments.tasks import TASKS
 from tests.experiments.test_question_answering import write_squad
 from tests.experiments.tiny import LAYERS, RECIPE, WIDTH, write_parquet, write_sst2
@@ -224,7 +224,7 @@ def test_the_folder_stands_alone(folder, run, data):
 @pytest.mark.parametrize("task", ["sst2", "squad"])
 def test_only_q_k_v_and_the_head_are_trained(run, task):
     model, tokenizer = adapted(run(task=task), TASKS[task])
-    head = head_modules("bert", TASKS[task].kind)
+    head = FAMILIES["bert"].head_for(TASKS[task].kind)
     parts = {f"{name}.{part}" for name in fusions_of(model) for part in ("query", "key", "value")}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(fusions_of(model)) == PLACES and parts <= trained

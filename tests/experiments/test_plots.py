@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from adalora_fast.experiments.models import FAMILIES
+from adalora_fast.experiments.families import FAMILIES
 from adalora_fast.experiments.plots import plot_ranks, rank_figure, rank_grid
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 from adalora_fast.experiments.adapters import adapt, save_adapter
 from adalora_fast.experiments.allocation import ranks_of
-from adalora_fast.experiments.models import FAMILIES, head_modules, locate_matrix, position_limit
+from adalora_fast.experiments.families import FAMILIES, locate_matrix, position_limit
 from adalora_fast.experiments.recipes import Recipe
 from adalora_fast.experiments.runs import VIRTUAL, RunSettings
 from adalora_fast.experiments.tasks import TASKS
@@ -67,7 +67,7 @@ def trained(model):
 
 
 def in_head(name, family, kind):
-    return bool(set(head_modules(family, kind)).intersection(name.split(".")))
+    return bool(set(FAMILIES[family].head_for(kind)).intersection(name.split(".")))
 
 
 def move(model):
@@ -170,7 +170,7 @@ def test_scales_are_those_of_keys_values_and_inner_activations(family):
             if in_head(name, family, "classification"):
                 path = name.rpartition(".")[0]
                 head = next(
-                    part for part in path.split(".") if part in head_modules(family, "classification")
+                    part for part in path.split(".") if part in FAMILIES[family].head_for("classification")
                 )
                 wrapped = name.replace(f"{head}.", f"{head}.modules_to_save.default.", 1)
                 parameter.copy_(model.base_model.model.get_parameter(wrapped))
@@ -322,7 +322,7 @@ def test_half_precision_of_the_base(method):
     from adalora_fast.experiments.encoders import cast_encoder
 
     model = encoder_with_head("bert", "classification")
-    cast_encoder(model, head_modules("bert", "classification"), torch.bfloat16)
+    cast_encoder(model, FAMILIES["bert"].head_for("classification"), torch.bfloat16)
     model = adapt(model, asked(method, dtype="bfloat16"), TASKS["sst2"])
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     model.train()(input_ids=IDS, attention_mask=MASK, labels=torch.tensor([0, 1])).loss.backward()

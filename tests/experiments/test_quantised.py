@@ -12,7 +12,7 @@ from torch import nn
 from adalora_fast.analysis.saved import SavedRun, check_comparable
 from adalora_fast.experiments.adapters import adapt, load_encoder, save_adapter
 from adalora_fast.experiments.encoders import dequantised, load_model
-from adalora_fast.experiments.models import head_modules
+from adalora_fast.experiments.families import FAMILIES
 from adalora_fast.experiments.recipes import Recipe
 from adalora_fast.experiments.runs import METHODS, ON_FOUR_BITS, RunSettings
 from adalora_fast.experiments.tasks import TASKS
@@ -21,7 +21,7 @@ from tests.experiments.tiny import RECIPE, changed_encoder, save_encoder, write_
 from tests.experiments.training import read, settings, train
 from tests.integrations.quantised import needs_bitsandbytes
 
-FAMILIES = ("bert", "roberta", "electra", "deberta-v2", "distilbert", "modernbert")
+TYPES = ("bert", "roberta", "electra", "deberta-v2", "distilbert", "modernbert")
 IDS = torch.tensor([[2, 7, 8, 9, 10, 11, 3], [2, 12, 8, 13, 3, 0, 0]])
 MASK = (IDS != 0).long()
 SHORT = replace(RECIPE, tinit=1, tfinal=1, deltaT=1, virtual_tokens=4)
@@ -30,7 +30,7 @@ SHORT = replace(RECIPE, tinit=1, tfinal=1, deltaT=1, virtual_tokens=4)
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
-    return {family: save_encoder(root / family, model_type=family) for family in FAMILIES}
+    return {family: save_encoder(root / family, model_type=family) for family in TYPES}
 
 
 def load(folder, dtype="nf4", compute_dtype="float32"):
@@ -42,7 +42,7 @@ def load(folder, dtype="nf4", compute_dtype="float32"):
 
 
 def is_of_head(name, family):
-    return bool(set(head_modules(family, "classification")).intersection(name.split(".")))
+    return bool(set(FAMILIES[family].head_for("classification")).intersection(name.split(".")))
 
 
 def outputs(model):
@@ -51,7 +51,7 @@ def outputs(model):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_linear_layers_of_the_encoder_are_four_bits_and_all_else_is_float32(encoders, family):
     model, plain = load(encoders[family]), load(encoders[family], dtype="float32")
     size = {True: [0, 0], False: [0, 0]}
@@ -73,7 +73,7 @@ def test_linear_layers_of_the_encoder_are_four_bits_and_all_else_is_float32(enco
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TYPES)
 def test_it_computes_nearly_what_the_base_does_and_exactly_what_its_numbers_stand_for(encoders, family):
     model, plain = load(encoders[family]), load(encoders[family], dtype="float32")
     found, expected = outputs(model), outputs(plain)

@@ -8,8 +8,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from adalora_fast.experiments.encoders import load_model
+from adalora_fast.experiments.families import locate_matrix
 from adalora_fast.experiments.metrics.translation import bleu, bleu_of_sums, bleu_statistics
-from adalora_fast.experiments.models import locate_matrix
 from adalora_fast.experiments.recipes import Recipe, load_recipe
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.sweep import make_plan
@@ -298,13 +298,11 @@ def test_files_that_are_missing(run, tmp_path):
 
 
 def test_a_model_of_the_other_sort(mbart, encoder):
-    with pytest.raises(
-        ValueError, match=r"of type 'bert' is not for translation; choose a model of type mbart$"
-    ):
+    with pytest.raises(ValueError, match=r"'bert' is not for translation here; choose one of type mbart$"):
         load(encoder)
     with pytest.raises(
         ValueError,
-        match="of type 'mbart' is not for question answering; choose a model of type bert, electra, ",
+        match="of type 'mbart' is not for question answering here; choose one of type bert, electra, ",
     ):
         load(mbart, "question_answering")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adalora_fast.experiments.families import FAMILIES
 from adalora_fast.experiments.metrics.translation import bleu, bleu_statistics, chrf
-from adalora_fast.experiments.models import FAMILIES
 from adalora_fast.experiments.plots import rank_grid
 from adalora_fast.experiments.report.contrasts import compare_all
 from adalora_fast.experiments.report.replicates import task_replicates

@@ -60,6 +60,13 @@ def encoder_config(model_type: str) -> Any:
     if model_type == "distilbert":
         sizes = {"vocab_size": sizes["vocab_size"], "dim": WIDTH, "n_layers": LAYERS, "n_heads": 2}
         sizes |= {"hidden_dim": 2 * WIDTH, "max_position_embeddings": 40}
+    if model_type in ("albert", "squeezebert"):
+        sizes |= {"embedding_size": WIDTH}
+    if model_type == "eurobert":
+        sizes |= {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}
+    if model_type == "xlm":
+        sizes = {"vocab_size": sizes["vocab_size"], "emb_dim": WIDTH, "n_layers": LAYERS, "n_heads": 2}
+        sizes |= {"max_position_embeddings": 40, "pad_index": 0}
     if model_type == "deberta-v2":
         sizes |= {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
         sizes |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models import locate_matrix
+from ..families import locate_matrix
 from ..runs import read_json
 from .style import COLOURS, save, styled
 

@@ -1,0 +1,248 @@
+"""How an encoder names its matrices and heads."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Kind = Literal["classification", "regression", "question_answering", "translation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one kind of model names things, and what it is for.
+
+    `matrices` maps the adapted matrices of a layer, in the order in which reports show them, to module-name
+    suffixes: the same six as in AdaLoRA's own scripts, or what an architecture fuses them into; never the
+    pooler. One suffix may be that of a matrix in encoder and decoder. `adapted` names those that are adapted
+    where nothing else is asked for (None: all). `layers` is a pattern of the module lists that hold the
+    layers. `head` (classification, regression) and `question_answering_head` are trained fully, because they
+    start at random or were not trained for this (the pooler); a model for translation has none: its output
+    layer is the embeddings. `dropout`, `classifier_dropout` and
+    `question_answering_dropout` are names in the model's configuration: the model's own dropouts, and the
+    dropout before either head (None: there is none).
+    """
+
+    matrices: dict[str, str]
+    head: tuple[str, ...]
+    kinds: tuple[Kind, ...] = ("classification", "regression", "question_answering")
+    adapted: tuple[str, ...] | None = None
+    layers: str = "layers?"
+    question_answering_head: tuple[str, ...] = ("qa_outputs",)
+    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    classifier_dropout: str | None = "classifier_dropout"
+    question_answering_dropout: str | None = None
+
+    def head_for(self, kind: Kind) -> list[str]:
+        """Names for PEFT's `modules_to_save`: what is trained fully beside the adapters."""
+        return list(self.question_answering_head if kind == "question_answering" else self.head)
+
+    def pattern(self, matrices: Iterable[str]) -> str:
+        """What the whole names of these matrices match in every layer, for PEFT's `target_modules`."""
+        suffixes = "|".join(re.escape(self.matrices[name]) for name in matrices)
+        return rf"(?:.*\.)?{self.layers}\.\d+\.(?:{suffixes})"
+
+
+_BERT = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+_MBART = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention output": "self_attn.out_proj",
+    "cross query": "encoder_attn.q_proj",
+    "cross key": "encoder_attn.k_proj",
+    "cross value": "encoder_attn.v_proj",
+    "cross output": "encoder_attn.out_proj",
+    "intermediate": "fc1",
+    "output": "fc2",
+}
+_DEBERTA = _BERT | {name: f"attention.self.{name}_proj" for name in ("query", "key", "value")}
+
+_GATED = {  # EuroBERT, NomicBERT, GTE
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "intermediate": "mlp.up_proj",
+    "output": "mlp.down_proj",
+}
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(matrices=_BERT, head=("pooler", "classifier")),
+    "electra": Family(matrices=_BERT, head=("classifier",)),
+    "roberta": Family(matrices=_BERT, head=("classifier",)),
+    "xlm-roberta": Family(matrices=_BERT, head=("classifier",)),
+    # of version 3 too
+    "deberta-v2": Family(matrices=_DEBERTA, head=("pooler", "classifier"), classifier_dropout="cls_dropout"),
+    "distilbert": Family(
+        matrices={
+            "query": "attention.q_lin",
+            "key": "attention.k_lin",
+            "value": "attention.v_lin",
+            "attention output": "attention.out_lin",
+            "intermediate": "ffn.lin1",
+            "output": "ffn.lin2",
+        },
+        head=("pre_classifier", "classifier"),
+        dropout=("dropout", "attention_dropout"),
+        classifier_dropout="seq_classif_dropout",
+        question_answering_dropout="qa_dropout",
+    ),
+    "modernbert": Family(
+        matrices={
+            "query key value": "attn.Wqkv",
+            "attention output": "attn.Wo",
+            "intermediate": "mlp.Wi",  # the gate and what it gates, one above the other
+            "output": "mlp.Wo",
+        },
+        head=("head", "classifier"),
+        question_answering_head=("head", "classifier"),
+        dropout=("embedding_dropout", "attention_dropout", "mlp_dropout"),
+        question_answering_dropout="classifier_dropout",
+    ),
+    "mbart": Family(
+        matrices=_MBART,
+        head=(),
+        kinds=("translation",),
+        adapted=tuple(_MBART)[:8],  # self- and cross-attention
+        dropout=("dropout", "attention_dropout", "activation_dropout"),
+        classifier_dropout=None,
+    ),
+}
+
+
+_NAMINGS = (*(family.matrices for family in FAMILIES.values()), _GATED)
+# Of other encoders: names of dropouts before the head, and who counts positions from behind the padding's.
+_CLASSIFIER_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "cls_dropout")
+_OF_HEAD = re.compile("classif|cls|summary|qa_|pooler")
+_COUNT_BEHIND_PADDING = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "ibert"),
+    *("data2vec-text", "longformer", "luke", "mpnet", "esm"),
+)
+
+
+def family_of(model: nn.Module) -> Family:
+    """How `model`, a transformers model with a head, names things: as `FAMILIES` says, and otherwise as can
+    be seen in it.
+    """
+    return FAMILIES.get(model.config.model_type) or _as_built(model)
+
+
+def check_model_type(config: Any, kind: Kind) -> None:
+    """ValueError where a model of this configuration is not for `kind`: no known family, and no encoder."""
+    if config.model_type in FAMILIES:
+        if kind in FAMILIES[config.model_type].kinds:
+            return
+    elif kind in Family.kinds and is_encoder(config):
+        return
+    possible = [name for name, family in FAMILIES.items() if kind in family.kinds]
+    others = ", or any other encoder of transformers" if kind in Family.kinds else ""
+    raise ValueError(
+        f"a model of type {config.model_type!r} is not for {kind.replace('_', ' ')} here; choose one of type "
+        f"{', '.join(possible)}{others}"
+    )
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether models of this type are pretrained with masked words, and have no decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
+
+    return config.model_type in masked and not config.is_encoder_decoder
+
+
+def _as_built(model: nn.Module) -> Family:
+    """The family of an encoder that `FAMILIES` does not have.
+
+    Its layers are the members of the longest module list of the encoder (of several as long, of all). Its
+    matrices are those of a known naming if they are all there, otherwise all linear layers in the layers, by
+    their own names where no naming has one. Its head is what has weights outside of the encoder, and
+    the pooler.
+    """
+    encoder, config = model.base_model, model.config
+    head = tuple(
+        name for name, child in model.named_children() if child is not encoder and _has_weights(child)
+    )
+    if not head:
+        raise ValueError(
+            f"a model of type {config.model_type!r} has its head within the encoder; choose one of type "
+            f"{', '.join(FAMILIES)}"
+        )
+    pooler = ("pooler",) if _has_weights(getattr(encoder, "pooler", None) or nn.Identity()) else ()
+    lists, suffixes = _linear_layers(encoder)
+    namings = (naming for naming in _NAMINGS if set(naming.values()) <= set(suffixes))
+    own = {_matrix_of(suffix): suffix for suffix in suffixes}
+    return Family(
+        matrices=next(namings, own if len(own) == len(suffixes) else dict(zip(suffixes, suffixes))),
+        layers=f"(?:{'|'.join(map(re.escape, lists))})",
+        head=(*pooler, *head),
+        question_answering_head=head,
+        dropout=tuple(
+            name
+            for name, value in config.to_dict().items()
+            if "dropout" in name and isinstance(value, float | int) and not _OF_HEAD.search(name)
+        ),
+        classifier_dropout=next((name for name in _CLASSIFIER_DROPOUTS if hasattr(config, name)), None),
+    )
+
+
+def _linear_layers(encoder: nn.Module) -> tuple[list[str], list[str]]:
+    """Paths of the longest module lists, and the names that linear layers have in their members."""
+    members: dict[str, set[str]] = {}
+    inside: dict[str, list[str]] = {}
+    for name, module in encoder.named_modules():
+        place = re.fullmatch(r"(\D+)\.(\d+)\.(.+)", name)
+        if place is not None and isinstance(module, nn.Linear):
+            members.setdefault(place[1], set()).add(place[2])
+            inside.setdefault(place[1], []).append(place[3])
+    most = max(map(len, members.values()), default=0)
+    lists = [path for path, its in members.items() if len(its) == most]
+    return lists, list(dict.fromkeys(suffix for path in lists for suffix in inside[path]))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def position_limit(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where positions are relative or rotary."""
+    if config.model_type == "modernbert" or not getattr(config, "position_biased_input", True):
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type in _COUNT_BEHIND_PADDING:
+        return limit - config.pad_token_id - 1
+    return limit
+
+
+def is_of_head(name: str, head: Iterable[str]) -> bool:
+    """Whether a parameter of this name lies in one of the `head` modules."""
+    return not set(head).isdisjoint(name.split("."))
+
+
+def locate_matrix(layer_name: str) -> tuple[int, str] | None:
+    """(layer index, matrix name) of an adapted module, for instance (3, "query"), the name being the module's
+    own within its layer where it is not known; None outside of layers. What the encoder has too is called
+    "decoder query" in the decoder, and so on: places are distinct.
+    """
+    place = re.search(r"(decoder\.[^.]+)?\.(\d+)\.(.+)", layer_name)
+    if place is None:
+        return None
+    matrix = _matrix_of(place[3])
+    in_decoder = place[1] and not matrix.startswith("cross")
+    return int(place[2]), f"decoder {matrix}" if in_decoder else matrix
+
+
+def _matrix_of(suffix: str) -> str:
+    """What a naming calls the matrix with this module name within its layer; the same name if none does."""
+    return next(
+        (matrix for naming in _NAMINGS for matrix, known in naming.items() if known == suffix), suffix
+    )
