@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.experiments.offline import no_network  # noqa: F401 - for every test here
-from tests.experiments.tiny import RECIPE, save_encoder, write_sst2
+from tests.experiments.tiny import RECIPE
 from tests.experiments.training import settings, train
 
 METHODS = {
@@ -25,18 +25,6 @@ METHODS = {
     },
     "adalora-biases": {"method": "adalora", "recipe": replace(RECIPE, train_biases=True)},
 }
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory) -> Path:
-    """Folder of a two-layer BERT with a tokenizer."""
-    return save_encoder(tmp_path_factory.mktemp("encoder") / "bert")
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """Folder with a tiny SST-2."""
-    return write_sst2(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

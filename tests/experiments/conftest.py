@@ -1,7 +1,6 @@
-"""What the tests of the experiments share: a tiny encoder, a tiny task, silence, and no way out."""
+"""What the tests of the experiments share: silence, and no way out."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,19 +9,6 @@ from adalora_fast.experiments.runs import open_run
 from adalora_fast.experiments.sweep import make_plan
 from tests.experiments.offline import no_network  # noqa: F401 - for every test here
 from tests.experiments.planning import DEFAULTS, GRID
-from tests.experiments.tiny import save_encoder, write_sst2
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory) -> Path:
-    """Folder of a two-layer BERT with a tokenizer."""
-    return save_encoder(tmp_path_factory.mktemp("encoder") / "bert")
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """Folder with a tiny SST-2."""
-    return write_sst2(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
