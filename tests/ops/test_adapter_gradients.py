@@ -85,6 +85,21 @@ def test_gradients_accumulate(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (2, 3, 5), (0, 5)], ids=str)
+def test_the_output_may_be_changed_in_place_as_that_of_a_linear_layer(function, shape):
+    case = make_case(shape, 6, 3)
+    changed, untouched = leaves(case), leaves(case)
+    y = function(*changed)
+    assert not y._is_view()
+    y /= 3
+    grad = torch.randn_like(y)
+    torch.nn.functional.relu(y, inplace=True).backward(grad)
+    torch.nn.functional.relu(function(*untouched) / 3).backward(grad)
+    for name in TRAINED:
+        assert torch.equal(getattr(changed, name).grad, getattr(untouched, name).grad), name
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_backward_twice_through_a_kept_graph(function):
     ours = leaves(make_case())
     y = function(*ours)

@@ -60,6 +60,18 @@ def test_the_layer_runs_them():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_output_may_be_changed_in_place(function):
+    case = small_case()
+    ours = leaves(case)
+    y = function(*ours)
+    y *= 2
+    y.backward(exact_grad(case) / 2)
+    exact = truth(case, exact_grad(case))
+    for name in TRAINED:
+        assert torch.equal(getattr(ours, name).grad.double(), exact[name]), name
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradients_accumulate(function):
     case = small_case()
     grad = exact_grad(case)

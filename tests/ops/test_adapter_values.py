@@ -20,7 +20,7 @@ def check(
 ) -> None:
     """Both public functions against the truth, by the relative rule."""
     rule = RelativeRule(dtype)
-    for seed in range(40 if r == 1 else 6):  # dE of rank 1 is a single number
+    for seed in range(40 if 0 < r < 4 else 6):  # dE of a small rank is few numbers
         case = make_case(shape, out, r, dtype=dtype, seed=seed, **options)
         product_dtype = case.lora_A.dtype if precision == "highest" else dtype
         grad = draw_grad(case, seed)

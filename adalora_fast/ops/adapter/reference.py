@@ -50,6 +50,22 @@ def _add_product(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     return y.add_(_scaled_product(h, B.t(), scaling))
 
 
+def output(like: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """(y [..., N], y as rows [M, N]) to be written. y itself must be no view, as a linear layer's output is
+    none: autograd lets nobody change a view in place that was made inside an op.
+    """
+    y = like.new_empty(*like.shape[:-1], features)
+    return y, y.view(y.shape[:-1].numel(), features)
+
+
+def base_product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [M, N] = rows Wᵀ + b."""
+    if bias is not None:
+        torch.addmm(bias, rows, weight.t(), out=out)
+    else:
+        torch.mm(rows, weight.t(), out=out)
+
+
 DROPS_INSIDE = False  # dropout is the caller's, so that it draws PyTorch's random numbers
 
 
@@ -93,11 +109,12 @@ def linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, S) for a plain linear base; ``highest`` computes the adapter in the factors' type."""
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
-    y = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()  # [M, N]
+    y, out = output(x, weight.shape[0])
+    base_product(rows, weight, bias, out)
     inputs = rows if adapter_input is None else adapter_input.reshape(-1, x.shape[-1])
     h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else x.dtype, seed, dropout_p)
-    y = _add_product(y, h, _cast(lora_B, h.dtype), scaling)
-    return y.view(*x.shape[:-1], weight.shape[0]), h, S
+    _add_product(out, h, _cast(lora_B, h.dtype), scaling)
+    return y, h, S
 
 
 def delta(
@@ -115,11 +132,12 @@ def delta(
     inputs = x.reshape(-1, x.shape[-1])
     h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype, seed, dropout_p)
     rows, B = result.reshape(-1, result.shape[-1]), _cast(lora_B, h.dtype)  # [M, N], [N, R]
+    y, out = output(result, B.shape[0])
     if h.dtype == rows.dtype:
-        y = torch.addmm(rows, h, B.t(), alpha=scaling)
+        torch.addmm(rows, h, B.t(), alpha=scaling, out=out)
     else:
-        y = _cast(rows + _scaled_product(h, B.t(), scaling), rows.dtype)
-    return y.view(result.shape), h, S
+        out.copy_(rows + _scaled_product(h, B.t(), scaling))
+    return y, h, S
 
 
 def delta_(

@@ -13,6 +13,7 @@ from torch import Tensor
 from adalora_fast.ops.adapter import kernels, plans
 from adalora_fast.ops.adapter.dropout import survivors_scale, threshold_of
 from adalora_fast.ops.adapter.plans import Plan, Problem
+from adalora_fast.ops.adapter.reference import base_product, output
 from adalora_fast.ops.launch import launch
 
 DROPS_INSIDE = True
@@ -152,12 +153,13 @@ def _update(
 
 
 def _matmul(
-    source: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, first: _Factor, second: _Factor,
-    low_scale: float, out_scale: float, drop: _Drop, plan: Plan,
-) -> Tensor:  # fmt: skip
-    """source weight + bias + out_scale · drop(low · second); ``low`` is written where the plan is inline."""
+    source: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, out: Tensor, first: _Factor,
+    second: _Factor, low_scale: float, out_scale: float, drop: _Drop, plan: Plan,
+) -> None:  # fmt: skip
+    """out [M, D] = source weight + bias + out_scale · drop(low · second); ``low`` is written where the plan
+    is inline.
+    """
     (rows, inner), outer, rank, tile = source.shape, weight.shape[1], first.lora_E.shape[0], plan.matmul
-    out = source.new_empty(rows, outer)
     if rows:
         launch(
             kernels.matmul, (-(-rows // tile.rows) * -(-outer // tile.columns),),
@@ -170,7 +172,6 @@ def _matmul(
             BLOCK_M=tile.rows, BLOCK_D=tile.columns, BLOCK_C=tile.depth, GROUP=GROUP,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out
 
 
 def linear(
@@ -191,13 +192,14 @@ def linear(
         h = rows.new_empty(rows.shape[0], problem.rank, dtype=dtype)
     else:
         h = _project(inputs, right, dtype, 1.0, drop, plan)
+    y, out = output(x, outer)
     if plan.way == "library":
-        y = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
-        _update(y, h, left, y, scaling, _NO_DROP, plan)
+        base_product(rows, weight, bias, out)
+        _update(out, h, left, out, scaling, _NO_DROP, plan)
     else:
         contiguous = None if bias is None else bias.contiguous()
-        y = _matmul(rows, weight.t(), contiguous, h, right, left, 1.0, scaling, _NO_DROP, plan)
-    return y.view(*x.shape[:-1], outer), h, lora_A.new_empty(0, dtype=dtype)
+        _matmul(rows, weight.t(), contiguous, h, out, right, left, 1.0, scaling, _NO_DROP, plan)
+    return y, h, lora_A.new_empty(0, dtype=dtype)
 
 
 def _delta(
@@ -256,7 +258,8 @@ def backward(
     elif both or need_input or need_A or need_E:
         g = _project(rows, left, dtype, scaling, _NO_DROP, plan)
     if both and plan.way != "library":
-        dx = _matmul(rows, weight, None, g, left, right, scaling, 1.0, drop, plan)
+        dx = rows.new_empty(inputs.shape)
+        _matmul(rows, weight, None, g, dx, left, right, scaling, 1.0, drop, plan)
     elif need_x:
         dx = rows @ weight
         if both:
