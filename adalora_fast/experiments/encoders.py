@@ -215,8 +215,8 @@ def _set_dropout(
     )
     if classifier_dropout is not None and before_head is None:
         raise ValueError(
-            f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout "
-            f"before its {kind.replace('_', ' ')} head; leave it out"
+            f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout of "
+            f"its own before its {kind.replace('_', ' ')} head; leave it out"
         )
     if before_head is not None:
         if classifier_dropout is not None:

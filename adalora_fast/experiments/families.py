@@ -122,13 +122,9 @@ FAMILIES: dict[str, Family] = {
 
 
 _NAMINGS = (*(family.matrices for family in FAMILIES.values()), _GATED)
-# Of other encoders: names of dropouts before the head, and who counts positions from behind the padding's.
-_CLASSIFIER_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "cls_dropout")
-_OF_HEAD = re.compile("classif|cls|summary|qa_|pooler")
-_COUNT_BEHIND_PADDING = (
-    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "ibert"),
-    *("data2vec-text", "longformer", "luke", "mpnet", "esm"),
-)
+_CLASSIFIER_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob")
+_DROPOUT_OF_HEAD = re.compile("classif|cls|summary|qa_|pooler")
+_PEFT_HEADS = {"classifier", "score", "qa_outputs"}  # which PEFT always saves beside an adapter
 
 
 def family_of(model: nn.Module) -> Family:
@@ -143,41 +139,41 @@ def check_model_type(config: Any, kind: Kind) -> None:
     if config.model_type in FAMILIES:
         if kind in FAMILIES[config.model_type].kinds:
             return
-    elif kind in Family.kinds and is_encoder(config):
+    elif kind in Family.kinds and _is_text_encoder(config):
         return
     possible = [name for name, family in FAMILIES.items() if kind in family.kinds]
-    others = ", or any other encoder of transformers" if kind in Family.kinds else ""
+    others = ", or another text encoder that predicts masked words" if kind in Family.kinds else ""
     raise ValueError(
         f"a model of type {config.model_type!r} is not for {kind.replace('_', ' ')} here; choose one of type "
         f"{', '.join(possible)}{others}"
     )
 
 
-def is_encoder(config: Any) -> bool:
-    """Whether models of this type are pretrained with masked words, and have no decoder."""
+def _is_text_encoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
 
-    return config.model_type in masked and not config.is_encoder_decoder
+    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    return config.model_type in masked and hasattr(config, "vocab_size") and not decodes
 
 
 def _as_built(model: nn.Module) -> Family:
     """The family of an encoder that `FAMILIES` does not have.
 
-    Its layers are the members of the longest module list of the encoder (of several as long, of all). Its
-    matrices are those of a known naming if they are all there, otherwise all linear layers in the layers, by
-    their own names where no naming has one. Its head is what has weights outside of the encoder, and
-    the pooler.
+    Its layers are the members of the longest module list with linear layers (of several as long, of all).
+    Its matrices are those of a known naming if they are all there, otherwise all linear layers in the layers,
+    by their own names where no naming has one. Its head is what has weights outside of the encoder, and the
+    pooler.
     """
     encoder, config = model.base_model, model.config
-    head = tuple(
-        name for name, child in model.named_children() if child is not encoder and _has_weights(child)
-    )
-    if not head:
+    outside = {name: child for name, child in model.named_children() if child is not encoder}
+    head = tuple(name for name, child in outside.items() if _has_weights(child))
+    if not head or any(_PEFT_HEADS & set(dict(outside[name].named_children())) for name in head):
+        known = ", ".join(name for name, family in FAMILIES.items() if family.head)
         raise ValueError(
-            f"a model of type {config.model_type!r} has its head within the encoder; choose one of type "
-            f"{', '.join(FAMILIES)}"
+            f"a model of type {config.model_type!r} does not keep encoder and head apart as PEFT needs it; "
+            f"choose one of type {known}"
         )
-    pooler = ("pooler",) if _has_weights(getattr(encoder, "pooler", None) or nn.Identity()) else ()
+    pooler = ("pooler",) if _has_weights(getattr(encoder, "pooler", None)) else ()
     lists, suffixes = _linear_layers(encoder)
     namings = (naming for naming in _NAMINGS if set(naming.values()) <= set(suffixes))
     own = {_matrix_of(suffix): suffix for suffix in suffixes}
@@ -189,7 +185,7 @@ def _as_built(model: nn.Module) -> Family:
         dropout=tuple(
             name
             for name, value in config.to_dict().items()
-            if "dropout" in name and isinstance(value, float | int) and not _OF_HEAD.search(name)
+            if "dropout" in name and type(value) in (float, int) and not _DROPOUT_OF_HEAD.search(name)
         ),
         classifier_dropout=next((name for name in _CLASSIFIER_DROPOUTS if hasattr(config, name)), None),
     )
@@ -209,18 +205,17 @@ def _linear_layers(encoder: nn.Module) -> tuple[list[str], list[str]]:
     return lists, list(dict.fromkeys(suffix for path in lists for suffix in inside[path]))
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _has_weights(module: nn.Module | None) -> bool:
+    return module is not None and next(module.parameters(), None) is not None
 
 
-def position_limit(config: Any) -> int | None:
+def position_limit(model: nn.Module) -> int | None:
     """How many tokens a model has positions for; None where positions are relative or rotary."""
-    if config.model_type == "modernbert" or not getattr(config, "position_biased_input", True):
-        return None
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type in _COUNT_BEHIND_PADDING:
-        return limit - config.pad_token_id - 1
-    return limit
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "embed_positions")):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1  # counted from behind it
+            return min(model.config.max_position_embeddings, module.num_embeddings - unused)
+    return None
 
 
 def is_of_head(name: str, head: Iterable[str]) -> bool:

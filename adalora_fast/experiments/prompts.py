@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from adalora_fast.integrations.files import file_within, read_tensors
 
 from .adapters import adapted_modules, task_type
-from .families import position_limit
+from .families import FAMILIES, position_limit
 from .fusion import TRAINED
 from .recipes import Recipe
 from .runs import RunSettings
@@ -48,10 +48,15 @@ def add_prompt(model: nn.Module, settings: RunSettings, task: Task, head: list[s
             f"the method {method} is for encoders, not for {model.config.model_type} models that translate; "
             "use lora or adalora"
         )
+    if method != "ia3" and model.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"the method {method} is not known to work with a {model.config.model_type} encoder; use lora or "
+            "adalora"
+        )
     if method == "ia3":
         config = _scales_config(model, task, head)
     else:
-        _check_length(model.config, recipe, method)
+        _check_length(model, recipe, method)
         config = _prompt_config(model, method, recipe.virtual_tokens, task, head)
     adapted = get_peft_model(model, config)
     if method in ("prompt", "p_tuning") and task.kind == "question_answering":
@@ -93,8 +98,8 @@ def _scales_config(model: nn.Module, task: Task, head: list[str]) -> Any:
         scaled = adapted_modules(model, ("key", "value", "output"))
     except ValueError as error:
         raise ValueError(
-            f"the method ia3 scales keys and values, and a {model.config.model_type} encoder has no "
-            "matrices of their own for them; use lora or bitfit"
+            "the method ia3 scales keys, values and inner activations, and which matrices of a "
+            f"{model.config.model_type} encoder give those alone is not known; use lora or bitfit"
         ) from error
     return IA3Config(
         task_type=task_type(task),
@@ -104,12 +109,12 @@ def _scales_config(model: nn.Module, task: Task, head: list[str]) -> Any:
     )
 
 
-def _check_length(config: Any, recipe: Recipe, method: str) -> None:
-    limit = position_limit(config)
+def _check_length(model: nn.Module, recipe: Recipe, method: str) -> None:
+    limit = position_limit(model)
     if limit is not None and recipe.max_length + recipe.virtual_tokens > limit:
         raise ValueError(
             f"{method}: max_length {recipe.max_length} and {recipe.virtual_tokens} virtual tokens are more "
-            f"than the {limit} positions of this {config.model_type} encoder; lower either with --set"
+            f"than the {limit} positions of this {model.config.model_type} encoder; lower either with --set"
         )
 
 

@@ -32,7 +32,7 @@ from adalora_fast.environment import write_json
 
 from .adapters import adapt, load_encoder, save_adapter
 from .allocation import check_budget, ranks_of, training_callbacks
-from .families import position_limit
+from .families import FAMILIES, position_limit
 from .fusion import mean_weights
 from .progress import TrainingProgress
 from .recorder import Recorder
@@ -88,7 +88,7 @@ def _train(
         model, tokenizer = load_encoder(settings, workload.task)
         model = adapt(model, settings, workload.task)
         data = workload.prepare(tokenizer, settings.recipe)
-        check_lengths(data, unadapted(model).config, settings)
+        check_lengths(data, unadapted(model), settings)
         checkpoint = last_whole_checkpoint(folder) if saves else None
         folder.start(resumes=checkpoint is not None)
         recorder = Recorder(folder, settings, progress)
@@ -165,9 +165,9 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)
 
 
-def check_lengths(data: dict[str, Dataset], config: Any, settings: RunSettings) -> None:
+def check_lengths(data: dict[str, Dataset], model: Any, settings: RunSettings) -> None:
     """ValueError where a text has more tokens than the model has positions."""
-    limit = position_limit(config)
+    limit = position_limit(model)
     if limit is None:
         return
     for split, rows in data.items():
@@ -289,6 +289,8 @@ def build_trainer(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several visible GPUs without torchrun would multiply the batch (DataParallel)
     callbacks: list[TrainerCallback] = [*training_callbacks(settings), recorder]
+    if unadapted(model).config.model_type not in FAMILIES and settings.method != "full":
+        callbacks.append(EverythingLearns())
     trainer_class = TranslationTrainer if translates else ExperimentTrainer
     collator_class = DataCollatorForSeq2Seq if translates else DataCollatorWithPadding
     trainer = trainer_class(
@@ -303,6 +305,25 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class EverythingLearns(TrainerCallback):
+    """ValueError where a trained tensor has no gradient in the first step: in an encoder that nobody has
+    tried, a pooler may be unused, or a layer may not be differentiated.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        if idle:
+            raise ValueError(
+                f"{len(idle)} of {len(trained)} trained tensors of this encoder get no gradient, one of them "
+                f"{idle[0]}; choose another --model or --method"
+            )
 
 
 def unadapted(model: Any) -> Any:

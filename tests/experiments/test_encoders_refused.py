@@ -63,7 +63,7 @@ def test_an_encoder_that_the_checkpoint_does_not_have(encoder, tmp_path, what):
     [
         (
             {"model_type": "gpt2"},
-            "of type 'gpt2' is not for classification here; choose one of type bert, .*, or any other en",
+            "of type 'gpt2' is not for classification here; choose one of type bert, .*, or another text enc",
         ),
         ({"model_type": "no-such-thing"}, r"cannot be read \(.* type `no-such-thing` but .*\); give an"),
         ({"model_type": None}, r"config\.json names no model_type; give a folder"),

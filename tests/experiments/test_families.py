@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    TrainerState,
+)
 
 from adalora_fast.experiments.adapters import adapt, adapted_modules, load_encoder
 from adalora_fast.experiments.bottleneck import places_of
@@ -20,6 +25,7 @@ from adalora_fast.experiments.families import (
     position_limit,
 )
 from adalora_fast.experiments.tasks import TASKS
+from adalora_fast.experiments.training import EverythingLearns
 from tests.experiments.tiny import LAYERS, RECIPE, encoder_config, save_encoder
 from tests.experiments.training import settings, train
 
@@ -136,18 +142,61 @@ def test_a_place_for_bottlenecks_that_is_not_known():
     assert len(places_of(built("ernie"))) == 2 * LAYERS
 
 
-def test_a_head_that_is_within_the_encoder():
-    with pytest.raises(ValueError, match="of type 'perceiver' has its head within the encoder; choose one"):
-        family_of(built("perceiver"))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("perceiver", "classification"), ("big_bird", "question_answering")],  # head inside, head of two parts
+)
+def test_a_head_that_peft_cannot_save_beside_the_encoder(name, kind):
+    with pytest.raises(ValueError, match=f"type '{name}' does not keep encoder and head apart as PEFT needs"):
+        family_of(built(name, kind))
 
 
 def test_as_many_tokens_as_another_encoder_has_positions():
-    limits = {name: position_limit(encoder_config(name)) for name in OTHERS}
-    assert limits == {name: 39 if name in ("camembert", "mpnet") else 40 for name in OTHERS}
+    limits = {name: position_limit(built(name)) for name in OTHERS}
+    own = {"camembert": 39, "mpnet": 38, "eurobert": None}  # behind the padding's, and rotary
+    assert limits == {name: own.get(name, 40) for name in OTHERS}
+
+
+def test_virtual_tokens_for_another_encoder():
+    with pytest.raises(ValueError, match="the method prompt is not known to work with a ernie encoder; use"):
+        adapt(built("ernie"), settings("ernie", "", method="prompt"), TASKS["sst2"])
+
+
+def test_a_tensor_without_a_gradient_stops_the_run():
+    """As the unused pooler of BigBird would be trained, or Reformer's layers, without a word."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0](torch.ones(1, 2)).sum().backward()
+    first, later = TrainerState(), TrainerState(global_step=1)
+    with pytest.raises(
+        ValueError, match=r"2 of 4 trained tensors of this encoder get no gradient, one .*1\.w"
+    ):
+        EverythingLearns().on_pre_optimizer_step(None, first, None, model=model)
+    EverythingLearns().on_pre_optimizer_step(None, later, None, model=model)
+    model[1].requires_grad_(False)
+    EverythingLearns().on_pre_optimizer_step(None, first, None, model=model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"model_type": "modernvbert"}, {"model_type": "ernie", "is_decoder": True}]
+)
+def test_more_or_other_than_a_text_encoder(options):
+    with pytest.raises(
+        ValueError, match=r"is not for regression here; choose one of .*, or another text encod"
+    ):
+        check_model_type(AutoConfig.for_model(**options), "regression")
+
+
+def test_a_switch_is_no_dropout():
+    """ESM's `token_dropout` says how embeddings are scaled."""
+    config = encoder_config("ernie")
+    config.token_dropout = True
+    with torch.device("meta"):
+        family = family_of(AutoModelForSequenceClassification.from_config(config))
+    assert family.dropout == ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def test_no_encoder_at_all():
-    error = "of type 'gpt2' is not for classification here; choose one of type bert, .*, or any other encoder"
+    error = "of type 'gpt2' is not for classification here; choose one of type bert, .*, or another text enc"
     with pytest.raises(ValueError, match=error):
         check_model_type(AutoConfig.for_model("gpt2"), "classification")
 

@@ -52,7 +52,7 @@ def test_grid_of_part_of_the_matrices():
 
 @pytest.mark.parametrize("names", [{}, {"classifier": 3}])
 def test_nothing_to_draw(names):
-    with pytest.raises(ValueError, match="is a matrix of a known encoder layer; nothing to draw"):
+    with pytest.raises(ValueError, match="is in a numbered layer; nothing to draw"):
         rank_grid(names)
 
 

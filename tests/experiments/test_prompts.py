@@ -179,7 +179,7 @@ def test_scales_are_those_of_keys_values_and_inner_activations(family):
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_as_many_tokens_as_there_are_positions(family):
-    limit = position_limit(encoder_config(family))
+    limit = position_limit(encoder_with_head(family, "classification"))
     assert limit == {"roberta": 39, "modernbert": None, "deberta-v2": None}.get(family, 40)
     length = (limit or 60) - N
     model = adapted(family, "prompt", recipe=replace(SHORT, max_length=length)).eval()

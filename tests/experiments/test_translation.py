@@ -314,7 +314,7 @@ def test_dropout(mbart):
             dropout or 0.0
         )
     with pytest.raises(
-        ValueError, match=r"a mbart model has no dropout before its translation head; leave it"
+        ValueError, match=r"a mbart model has no dropout of its own before its translation head"
     ):
         load(mbart, classifier_dropout=0.1)
 

@@ -19,7 +19,7 @@ def rank_grid(ranks: Mapping[str, float]) -> tuple["np.ndarray", list[int], list
 
     located = {place: rank for name, rank in ranks.items() if (place := locate_matrix(name)) is not None}
     if not located:
-        raise ValueError(f"none of {list(ranks)[:3]} is a matrix of a known encoder layer; nothing to draw")
+        raise ValueError(f"none of {list(ranks)[:3]} is in a numbered layer; nothing to draw")
     layers = sorted({layer for layer, _ in located})
     matrices = list(dict.fromkeys(matrix for _, matrix in located))
     grid = np.array(
