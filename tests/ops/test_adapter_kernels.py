@@ -64,7 +64,8 @@ def check(
     """Forward and all gradients by the relative rule, over several draws where a result has few numbers."""
     rule = RelativeRule(dtype)
     product_dtype = factor_dtype if precision == "highest" else dtype
-    for seed in range(3 if min(rows, out, r) == 1 and r < 100 else 1):
+    few = 3 if min(rows, out, r) == 1 and r < 100 else 1
+    for seed in range(8 if r < 4 and dtype == torch.float32 else few):  # dE of rank 3 is three numbers
         case = random_case(
             (rows, inner), out, r, dtype=dtype, factor_dtype=factor_dtype, bias=bias, seed=seed
         )
