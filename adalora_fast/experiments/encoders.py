@@ -56,7 +56,7 @@ def load_model(
     _check_options(kind, labels, dtype, compute_dtype, attention)
     path = resolve_model(name)
     if Path(path).is_dir():
-        model_type_of(path)
+        model_type_of(path)  # says what is wrong with a config.json better than transformers does
     with _quiet():
         config = _configuration(name, path, kind, labels)
         check_model_type(config, kind)

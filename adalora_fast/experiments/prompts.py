@@ -48,11 +48,6 @@ def add_prompt(model: nn.Module, settings: RunSettings, task: Task, head: list[s
             f"the method {method} is for encoders, not for {model.config.model_type} models that translate; "
             "use lora or adalora"
         )
-    if method != "ia3" and model.config.model_type not in FAMILIES:
-        raise ValueError(
-            f"the method {method} is not known to work with a {model.config.model_type} encoder; use lora or "
-            "adalora"
-        )
     if method == "ia3":
         config = _scales_config(model, task, head)
     else:
@@ -71,6 +66,11 @@ def _prompt_config(model: nn.Module, method: str, virtual_tokens: int, task: Tas
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
     encoder, config = getattr(model, model.base_model_prefix), model.config
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"the method {method} is not known to work with a {config.model_type} encoder; use lora or "
+            "adalora"
+        )
     if method == "prefix" and "past_key_values" not in inspect.signature(encoder.forward).parameters:
         raise ValueError(
             f"a {config.model_type} encoder takes no keys and values from outside, which the method prefix "
