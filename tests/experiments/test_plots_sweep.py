@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from adalora_fast.experiments.plots.agreement import agreement_figure
 from adalora_fast.experiments.plots.contrasts import Bar, contrasts_figure
@@ -166,6 +167,9 @@ def test_agreement(sweep):
     assert axis.get_title() == "RTE" and "Spearman" in bar.get_ylabel()
     assert [text.get_text() for text in axis.texts] == ["1.00", "–", "−0.50", "1.00"]
     assert axis.images[0].get_clim() == (-1, 1)
+    FigureCanvasAgg(figure).draw()
+    label = bar.yaxis.label.get_window_extent()
+    assert label.y0 >= 0 and label.y1 <= figure.bbox.height  # of two arms, the lowest figure
 
 
 def test_mean_ranks(sweep):

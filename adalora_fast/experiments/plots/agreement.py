@@ -46,7 +46,7 @@ def agreement_figure(tables: dict[str, tuple[list[str], "np.ndarray"]]) -> "Figu
     figure.colorbar(
         image,
         ax=axes,
-        label="Spearman's correlation of mean final ranks",
+        label="Spearman's correlation of mean final ranks" if size[1] > 3 else "Spearman's ρ of mean ranks",
         shrink=0.8,
         aspect=max(20, 16 * lines),
     )
