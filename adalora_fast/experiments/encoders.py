@@ -59,7 +59,7 @@ def load_model(
         model_type_of(path)  # says what is wrong with a config.json better than transformers does
     with _quiet():
         config = _configuration(name, path, kind, labels)
-        check_model_type(config, kind)
+        check_model_type(name, config, kind)
         family = family_of(_outline(name, config, kind, attention))
         _set_dropout(config, family, kind, classifier_dropout, dropout)
         head = family.head_for(kind)

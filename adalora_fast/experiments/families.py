@@ -134,18 +134,20 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES.get(model.config.model_type) or _as_built(model)
 
 
-def check_model_type(config: Any, kind: Kind) -> None:
-    """ValueError where a model of this configuration is not for `kind`: no known family, and no encoder."""
+def check_model_type(name: str, config: Any, kind: Kind) -> None:
+    """ValueError where the model `name` of this configuration is not for `kind`: no known family of it, and
+    no encoder.
+    """
     if config.model_type in FAMILIES:
         if kind in FAMILIES[config.model_type].kinds:
             return
     elif kind in Family.kinds and _is_text_encoder(config):
         return
-    possible = [name for name, family in FAMILIES.items() if kind in family.kinds]
+    possible = [known for known, family in FAMILIES.items() if kind in family.kinds]
     others = ", or another text encoder that predicts masked words" if kind in Family.kinds else ""
     raise ValueError(
-        f"a model of type {config.model_type!r} is not for {kind.replace('_', ' ')} here; choose one of type "
-        f"{', '.join(possible)}{others}"
+        f"model {name!r} of type {config.model_type!r} is not for {kind.replace('_', ' ')} here; choose one "
+        f"of type {', '.join(possible)}{others}"
     )
 
 

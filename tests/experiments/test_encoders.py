@@ -126,9 +126,10 @@ def test_adapters_and_head_are_trained_and_nothing_else(folders, family, kind, d
     for name, parameter in trained.items():
         assert parameter.dtype == torch.float32, name
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    if kind == "question_answering":  # a bias of all tokens has a gradient of zero, but for rounding
-        outside = {name: parameter for name, parameter in outside.items() if name.endswith("weight")}
-    assert all(parameter.grad.abs().sum() > 0 for parameter in outside.values())
+    idle = {name for name, parameter in outside.items() if not parameter.grad.any()}
+    # an answer's bias is the same for all tokens, so that the loss does not see it
+    last = f"base_model.model.{family_of(model).head_for(kind)[-1]}.modules_to_save.default.bias"
+    assert idle <= ({last} if kind == "question_answering" else set())
 
 
 @pytest.mark.parametrize("kind", HEADED)

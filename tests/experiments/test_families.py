@@ -183,7 +183,7 @@ def test_more_or_other_than_a_text_encoder(options):
     with pytest.raises(
         ValueError, match=r"is not for regression here; choose one of .*, or another text encod"
     ):
-        check_model_type(AutoConfig.for_model(**options), "regression")
+        check_model_type("mine", AutoConfig.for_model(**options), "regression")
 
 
 def test_a_switch_is_no_dropout():
@@ -196,9 +196,11 @@ def test_a_switch_is_no_dropout():
 
 
 def test_no_encoder_at_all():
-    error = "of type 'gpt2' is not for classification here; choose one of type bert, .*, or another text enc"
+    error = (
+        "model 'mine' of type 'gpt2' is not for classification here; choose one of type bert, .*, or anoth"
+    )
     with pytest.raises(ValueError, match=error):
-        check_model_type(AutoConfig.for_model("gpt2"), "classification")
+        check_model_type("mine", AutoConfig.for_model("gpt2"), "classification")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,10 @@ def test_no_encoder_at_all():
         ("model.decoder.layers.11.encoder_attn.out_proj", (11, "cross output")),
         ("model.encoder.layers.0.fc1", (0, "intermediate")),
         ("model.decoder.layers.0.fc2", (0, "decoder output")),
+        ("model.decoder.layers.0.encoder_attn", (0, "decoder encoder_attn")),
+        ("roberta.encoder.layer.1.output.dense.lora_A", (1, "output.dense.lora_A")),
+        ("roberta.encoder.layer.1.attention.self", (1, "attention.self")),
+        ("bert.encoder.layer.1.crossattention.self.query", (1, "crossattention.self.query")),
         ("bert.pooler.dense", None),
         ("classifier", None),
         ("albert.encoder.albert_layer_groups.0.albert_layers.0.ffn", (0, "albert_layers.0.ffn")),
