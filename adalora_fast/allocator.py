@@ -15,6 +15,7 @@ from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
 from adalora_fast.distributed import Processes, allocate_, apply_mask_
 from adalora_fast.nn import Factors, adapted_layers
+from adalora_fast.regulariser import Regulariser
 from adalora_fast.schedule import BudgetSchedule, Position
 from adalora_fast.scores import get_score, resolve_smoothing
 from adalora_fast.statistics import Statistics
@@ -104,6 +105,7 @@ class RankAllocator:
         self._attachment: Attachment | None = None
         self.processes = Processes()  # in a distributed run: who agrees on the mask
         self._task_gradient = TaskGradient()
+        self.regulariser: Regulariser | None = None  # the orthogonality term, where its weight is known
         self.keep_whole = False  # whoever ends the run says so with finalize(); the last step alone does not
         self.reset()
         self._go_to(Position(is_final=finished, is_over=finished))
@@ -224,6 +226,8 @@ class RankAllocator:
         self._position.t = t + 1  # the final allocation made another one
         self._note_end()
         self._task_gradient.forget()
+        if self.regulariser is not None:
+            self.regulariser.note_step()
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -288,6 +292,16 @@ class RankAllocator:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
         self._task_gradient.note(upstream, stacks, self.parameters())
 
+    def note_added(self, added: dict[int, Tensor], is_scaled: bool) -> None:
+        """Called where the orthogonality term is added to the gradients (see :class:`TaskGradient`)."""
+        if self.score_gradient == "task":
+            self._task_gradient.note_added(added, self.parameters(), is_scaled)
+
+    def follow_regulariser(self) -> None:
+        """Others take an optimizer step for which this process has no data."""
+        if self.regulariser is not None and self._attachment is not None:
+            self.regulariser.follow()
+
     def attach(self, optimizer: torch.optim.Optimizer, *, automatic: bool = True) -> None:
         """Tie the allocator to ``optimizer``, so that an allocation cannot silently not run.
 
@@ -304,7 +318,8 @@ class RankAllocator:
         """
         if self._attachment is not None:
             raise RuntimeError("an optimizer is attached already; call detach() first")
-        self._attachment = Attachment(optimizer, self.parameters, self.step if automatic else None)
+        before = None if self.regulariser is None else self.regulariser.before_step
+        self._attachment = Attachment(optimizer, self.parameters, self.step if automatic else None, before)
 
     def detach(self) -> None:
         """Undo :meth:`attach`."""

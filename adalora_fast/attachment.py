@@ -15,6 +15,7 @@ class Attachment:
         optimizer: the one that trains the adapter (wrapped ones, as Accelerate's, are unwrapped).
         parameters: returns the adapter's parameters.
         step: called after every step of the optimizer; None leaves that to the user.
+        before: hook of the optimizer (itself, args, kwargs), called before every step.
 
     Raises:
         ValueError: it is no torch optimizer, or holds none of the parameters.
@@ -25,6 +26,7 @@ class Attachment:
         optimizer: torch.optim.Optimizer,
         parameters: Callable[[], Iterable[Tensor]],
         step: Callable[[], None] | None,
+        before: Callable[[torch.optim.Optimizer, tuple, dict], None] | None = None,
     ) -> None:
         while not hasattr(optimizer, "register_step_post_hook") or hasattr(optimizer, "optimizer"):
             if not hasattr(optimizer, "optimizer"):
@@ -39,11 +41,14 @@ class Attachment:
             )
         self._parameters, self._step = parameters, step
         self._has_stepped = False
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+        if before is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(before))
 
     def detach(self) -> None:
         """Follow the optimizer no longer."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _after_step(self, optimizer, args, kwargs) -> None:
         self._has_stepped = True

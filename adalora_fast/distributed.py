@@ -37,7 +37,17 @@ class Processes:
 
     def are_several(self) -> bool:
         """Whether there is anybody to agree with."""
-        return is_running() and dist.get_world_size(self.group) > 1
+        return self.size() > 1
+
+    def size(self) -> int:
+        """How many there are."""
+        return dist.get_world_size(self.group) if is_running() else 1
+
+    def count(self, flags: tuple[bool, ...], device: torch.device) -> list[int]:
+        """In how many processes each flag is set; all must ask, and wait for the device."""
+        counts = torch.tensor([int(flag) for flag in flags], device=device)
+        dist.all_reduce(counts, group=self.group)
+        return counts.tolist()
 
     def agree_(self, tensor: Tensor) -> None:
         """Everybody has the first process's values from here on, or the first's that still trains.

@@ -22,7 +22,8 @@ class TaskGradient:
         self.forget()
 
     def __getstate__(self) -> dict:
-        return {"_stacks": None, "_raw": {}, "_grads": {}, "_hooks": {}}  # a copy starts its own step
+        empty = {"_raw": {}, "_grads": {}, "_hooks": {}, "_added": {}}
+        return {"_stacks": None, "_reference": None, **empty}  # a copy starts its own step
 
     def forget(self) -> None:
         """Start the next optimizer step."""
@@ -32,6 +33,21 @@ class TaskGradient:
         self._raw: dict[int, Tensor] = {}
         self._grads: dict[int, Tensor] = {}
         self._hooks: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._added: dict[int, Tensor] = {}
+        self._reference: tuple[Tensor, Tensor] | None = None
+
+    def note_added(self, added: dict[int, Tensor], parameters: list[Tensor], is_scaled: bool) -> None:
+        """The term's gradient was added to ``.grad`` right before the optimizer's step.
+
+        Args:
+            added: what was added, by ``id`` of the parameter.
+            parameters: A_0, E_0, B_0, A_1, ...
+            is_scaled: the gradients are a multiple of the true ones, which the optimizer's own step undoes.
+        """
+        self._added = added
+        if is_scaled:
+            first = next(parameter for parameter in parameters if id(parameter) in added)
+            self._reference = first, first.grad.clone()
 
     def note(self, upstream: Tensor, stacks: list[Tensor], parameters: list[Tensor]) -> None:
         """Called in a backward, before any gradient is stored: the term's gradient is ``upstream`` times
@@ -71,6 +87,7 @@ class TaskGradient:
         self, parameters: list[Tensor], grads: list[Tensor | None], dtype: torch.dtype
     ) -> list[Tensor | None]:
         """``grads`` (of A_0, E_0, B_0, A_1, ...) without the term's part."""
+        grads = self._without_added(parameters, grads)
         pairs = [
             (grads[i].to(dtype).flatten(), raw.to(dtype).flatten())
             for i, raw in self._raw.items()
@@ -89,3 +106,17 @@ class TaskGradient:
                 if position in self._raw and result[position] is not None:
                     result[position] = result[position] - (factor * part).to(part.dtype)
         return result
+
+    def _without_added(self, parameters: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+        if not self._added:
+            return grads
+        factor: Tensor | float = 1.0
+        if self._reference is not None:
+            first, before = self._reference
+            square = before.flatten().dot(before.flatten())
+            factor = torch.where(square == 0, 1.0, first.grad.flatten().dot(before.flatten()) / square)
+        parts = [self._added.get(id(parameter)) for parameter in parameters]
+        return [
+            grad if grad is None or part is None else grad - factor * part
+            for grad, part in zip(grads, parts, strict=True)
+        ]

@@ -51,6 +51,7 @@ class _Follow(JoinHook):
         """Others take a step for which this process has no data: take their mask."""
         self._allocator.processes.has_data = False
         allocator = self._allocator
+        allocator.follow_regulariser()
         schedule, t = allocator.schedule, allocator.t
         if not allocator.is_final:
             if t >= schedule.final_step:

@@ -23,9 +23,9 @@ from adalora_fast.integrations.layers import (
     merge_refusal,
 )
 from adalora_fast.integrations.scales import check_scales, set_scales, take_over
-from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
+from adalora_fast.regulariser import Regulariser
 from adalora_fast.scores import get_score, resolve_smoothing
 from adalora_fast.shards import shards_of
 
@@ -37,19 +37,26 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def forward(self, *args, **kwargs):
         """The base model's forward; in training γ · R is added to ``outputs.loss`` (never in evaluation)."""
-        outputs = self.model.forward(*args, **kwargs)
+        return self.regularise(self.model.forward(*args, **kwargs))
+
+    def regularise(self, outputs):
+        """``outputs`` of the base model; in training, and if they have a loss, with γ · R in it."""
         if not (self.training and torch.is_grad_enabled()) or self.rankallocator is None:
             return outputs
         self._watch_for_forgotten_allocator()
-        weight = self.peft_config[self.trainable_adapter_name].orth_reg_weight
-        self.regularised = isinstance(getattr(outputs, "loss", None), torch.Tensor)
-        if self.regularised and weight > 0:
-            outputs.loss = outputs.loss + weight * self.orthogonality_loss().to(outputs.loss.device)
+        if isinstance(getattr(outputs, "loss", None), torch.Tensor) and self.orth_reg_weight() > 0:
+            term = self.rankallocator.regulariser.term()
+            outputs.loss = outputs.loss + term.to(outputs.loss.device)
         return outputs
+
+    def orth_reg_weight(self) -> float:
+        """γ of the adapter under training."""
+        return self.peft_config[self.trainable_adapter_name].orth_reg_weight
 
     def orthogonality_loss(self) -> torch.Tensor:
         """R of the adapter under training (see :func:`adalora_fast.orthogonality_loss`)."""
-        return orthogonality_of(self.rankallocator.factors(), self.orth_penalty, self.rankallocator)
+        regulariser = self.rankallocator.regulariser
+        return regulariser.noted(regulariser.loss())
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry: one allocator step, after ``optimizer.step()`` and before ``zero_grad()``.
@@ -216,9 +223,18 @@ class FusedAdaLoraModel(AdaLoraModel):
                 layer.set_ranknum(adapter_name, len(kept))
 
 
+class _AroundTheTuner:
+    """Without a ``task_type`` PEFT's model calls the base model itself, around its tuner."""
+
+    def forward(self, *args, **kwargs):
+        """PEFT's, with what the tuner's forward adds."""
+        return self.base_model.regularise(super().forward(*args, **kwargs))
+
+
 @cache
 def _fused_model_class(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"Fused{cls.__name__}", (WithAllocator, cls), {"__module__": __name__})
+    added = (_AroundTheTuner, WithAllocator) if cls.forward is PeftModel.forward else (WithAllocator,)
+    return type(f"Fused{cls.__name__}", (*added, cls), {"__module__": __name__})
 
 
 def __getattr__(name: str):
@@ -293,11 +309,12 @@ def fuse(
     }
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
     tuner.orth_penalty, tuner.precision = orth_penalty, precision
-    tuner.regularised, tuner._warned_order, tuner._forgotten = True, False, 0
+    tuner._warned_order, tuner._forgotten = False, 0
     tuner.__class__ = FusedAdaLoraModel
     for name, settings in tuner.peft_config.items():
         take_over(adapter_layers(tuner.model), settings, name)
     if config is not None:
+        Regulariser(tuner.rankallocator, orth_penalty, tuner.orth_reg_weight)
         warn_of_untrained_heads(tuner, adapter)
         tuner.remember_versions()
         if finished:

@@ -3,12 +3,12 @@
 import warnings
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from adalora_fast.allocator_state import is_sharded, read_state, write_state
+from adalora_fast.integrations.figures import RankHistograms, figures_of, is_training_log
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
@@ -18,9 +18,12 @@ class AdaLoraCallback(TrainerCallback):
     """Fuses the model if need be, fits the schedule to the run, steps the allocator once per optimizer step,
     ends it.
 
-    Put into ``Trainer(callbacks=[AdaLoraCallback()])``. Logs ``adalora/budget`` and the smallest and largest
-    rank of a layer; checkpoints carry the allocator (the model's ``save_pretrained`` writes it) and resume
-    exactly; a run that stops before the final mask is pruned to the final budget at its end, with a warning.
+    Put into ``Trainer(callbacks=[AdaLoraCallback()])``, or ``AdaLoraCallback().install(trainer)`` if
+    TensorBoard, W&B or another reporter shall see its figures: ``adalora/budget``, ``adalora/rank_min``,
+    ``_mean`` and ``_max`` over the layers, ``adalora/orthogonality`` (R), in training logs. γ ∇R reaches the
+    gradients once per optimizer step whoever builds the loss (:mod:`adalora_fast.regulariser`). Checkpoints
+    carry the allocator (the model's ``save_pretrained`` writes it) and resume exactly; a run that stops
+    before the final mask is pruned to the final budget at its end, with a warning.
 
     Args:
         total_step: ``"auto"`` takes the Trainer's number of optimizer steps and writes it into the config
@@ -56,6 +59,33 @@ class AdaLoraCallback(TrainerCallback):
                 )
         self.total_step, self.tinit, self.tfinal, self.deltaT = total_step, tinit, tfinal, deltaT
         self.score, self.fuse_options = score, fuse_options
+        self._histograms: RankHistograms | None = None  # once installed
+
+    def install(self, trainer: Trainer) -> "AdaLoraCallback":
+        """Give the callback to ``trainer``, before its reporters, so that they see ``adalora/*``.
+
+        The Trainer calls reporters (``report_to``: TensorBoard, W&B, MLflow, trackio) before the callbacks
+        that it is given, with the log as it is then. ``AdaLoraCallback().install(trainer)`` takes the place
+        of ``callbacks=[AdaLoraCallback()]``; a callback that the trainer has already is moved.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            ValueError: the trainer has another AdaLoraCallback.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(each, AdaLoraCallback) and each is not self for each in callbacks):
+            raise ValueError(
+                "this trainer has another AdaLoraCallback; call install on that one, or leave it out"
+            )
+        if self in callbacks:
+            callbacks.remove(self)
+        else:
+            self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        callbacks.insert(0, self)
+        self._histograms = RankHistograms(callbacks)
+        return self
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Fuse before the Trainer loads a checkpoint, so that the allocator's state is loaded with it."""
@@ -82,42 +112,27 @@ class AdaLoraCallback(TrainerCallback):
         allocator.is_over = False
         allocator.detach()
         allocator.attach(optimizer, automatic=False)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Where the loss was not the model's own (label smoothing), add γ · ∇R to the clipped gradients."""
-        tuner = self._tuner(model)
-        weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
-        if tuner.regularised or weight == 0:
-            return
-        with torch.enable_grad():
-            factors = tuner.rankallocator.factors()
-            inputs = [
-                factor
-                for layer in factors
-                for factor in (layer.lora_A, layer.lora_B)
-                if factor.grad is not None
-            ]
-            parts = torch.autograd.grad(weight * tuner.orthogonality_loss(), inputs)
-        for factor, part in zip(inputs, parts, strict=True):
-            factor.grad.add_(part)
+        allocator.regulariser.act_once(getattr(optimizer, "scaler", None))
+        self._greet_reporters(args)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """One allocator step, between ``optimizer.step()`` and ``zero_grad()``."""
-        self._tuner(model).rankallocator.step(state.global_step)
+        allocator = self._tuner(model).rankallocator
+        allocator.step(state.global_step)
+        allocator.regulariser.forget()  # also if a GradScaler skipped the optimizer's step
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-        """Add the budget and the spread of the ranks to the log entry."""
+        """Add budget, ranks and R to a training log; what ``evaluate()`` returns stays as it is."""
+        if not is_training_log(logs):
+            return
         allocator = self._tuner(model).rankallocator
-        ranks = allocator.ranks().values()
-        figures = {
-            "adalora/budget": allocator.budget,
-            "adalora/rank_min": min(ranks),
-            "adalora/rank_max": max(ranks),
-        }
-        if logs is not None:
-            logs.update(figures)
+        ranks = allocator.ranks()
+        figures = figures_of(allocator, ranks.values())
+        logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+        if self._histograms is not None and self._histograms.is_due(state.global_step):
+            self._histograms.write(ranks, state.global_step, state.max_steps)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Make sure of the final budget; from now on checkpoints hold only the triplets that were kept."""
@@ -125,7 +140,10 @@ class AdaLoraCallback(TrainerCallback):
         allocator.detach()
         if allocator.t == 0 and state.global_step > 0:
             warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
+        allocator.regulariser.act_on_request()
         allocator.finalize()
+        if self._histograms is not None:
+            self._histograms.write(allocator.ranks(), state.global_step, state.max_steps)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         """Of a sharded adapter the Trainer saves the weights in one process; the state takes all of them."""
@@ -148,6 +166,17 @@ class AdaLoraCallback(TrainerCallback):
                 f"{tuner.rankallocator.score.name!r}; give it to one of them only"
             )
         return tuner
+
+    def _greet_reporters(self, args) -> None:
+        if self._histograms is not None:
+            self._histograms.start()
+        elif args.report_to:
+            warnings.warn(
+                f"report_to={args.report_to} is called before this callback and does not see adalora/*; "
+                "use AdaLoraCallback().install(trainer) in place of callbacks=[AdaLoraCallback()]",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _fit_schedule(self, tuner: FusedAdaLoraModel, max_steps: int) -> None:
         config = tuner.peft_config[tuner.trainable_adapter_name]

@@ -50,9 +50,11 @@ def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
             f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
         )
     allocators = [module.__dict__.get("rankallocator") for module in model.modules()]
-    return orthogonality_of(
-        factors, penalty, next((found for found in allocators if found is not None), None)
-    )
+    allocator = next((found for found in allocators if found is not None), None)
+    value = orthogonality_of(factors, penalty, allocator)
+    if allocator is None or allocator.regulariser is None:
+        return value
+    return allocator.regulariser.noted(value)  # so that it is not added a second time
 
 
 def orthogonality_of(factors: list[Factors], penalty: str, allocator: "RankAllocator | None") -> Tensor:

@@ -1,0 +1,63 @@
+"""What a run shows of its allocation: scalars for its log, a histogram of ranks for its reporters."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import TrainerCallback
+
+from adalora_fast.allocator import RankAllocator
+
+RANKS = "adalora/ranks"
+HISTOGRAMS = 20  # of the layers' ranks, at most, in one run
+
+
+def is_training_log(logs: dict | None) -> bool:
+    """Whether the Trainer logs a stretch of training, not what ``evaluate()`` or ``train()`` return."""
+    return logs is not None and "loss" in logs
+
+
+def figures_of(allocator: RankAllocator, ranks: Iterable[int]) -> dict[str, float]:
+    """Budget, spread of the ranks and R, for a log entry. Waits for the device."""
+    ranks = list(ranks)
+    figures = {
+        "adalora/budget": allocator.budget,
+        "adalora/rank_min": min(ranks),
+        "adalora/rank_mean": sum(ranks) / len(ranks),
+        "adalora/rank_max": max(ranks),
+    }
+    regulariser = allocator.regulariser
+    if regulariser is not None and regulariser.value is not None:
+        figures["adalora/orthogonality"] = float(regulariser.value)
+    return figures
+
+
+class RankHistograms:
+    """The ranks of all layers as one histogram, at most :data:`HISTOGRAMS` times a run.
+
+    Args:
+        reporters: the Trainer's callbacks; TensorBoard's and W&B's are written to, through the writers that
+            they have opened.
+    """
+
+    def __init__(self, reporters: list[TrainerCallback]) -> None:
+        self._reporters = reporters
+        self._next = 0
+
+    def start(self) -> None:
+        """A run begins."""
+        self._next = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether the next one is to be written."""
+        return step >= self._next
+
+    def write(self, ranks: dict[str, int], step: int, max_steps: int) -> None:
+        """Write the ranks at ``step`` of ``max_steps``."""
+        self._next = step + max(1, max_steps // HISTOGRAMS)
+        values = list(ranks.values())
+        for reporter in self._reporters:
+            writer, wandb = getattr(reporter, "tb_writer", None), getattr(reporter, "_wandb", None)
+            if writer is not None:
+                writer.add_histogram(RANKS, torch.tensor(values), step)
+            elif wandb is not None and wandb.run is not None:
+                wandb.log({RANKS: wandb.Histogram(values), "train/global_step": step})

@@ -1,0 +1,240 @@
+"""γ · R of a run: its gradient reaches the factors once per optimizer step, whoever builds the loss.
+
+R is the orthogonality term (:func:`adalora_fast.orthogonality_loss`), γ its weight. A fused model adds γ · R
+to ``outputs.loss``, as PEFT does. Many training loops differentiate another loss: label smoothing, TRL's
+trainers and every ``compute_loss`` that starts from the logits. Others call the model several times in one
+step. So the term notes in its backward that it acted, and the attached optimizer asks before each step:
+
+====================  ==========================================================================
+since the last step   what happens
+====================  ==========================================================================
+R acted               nothing more (under ``AdaLoraCallback`` its first backward gave γ ∇R, the
+                      following ones zero; under ``attach()`` alone each gave its upstream weight
+                      times γ ∇R)
+R did not act         γ ∇R is added to the gradients, after clipping and after the all-reduce
+no gradient at all    nothing: the adapters took no part in this step
+====================  ==========================================================================
+"""
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adalora_fast.nn import orthogonality_of
+from adalora_fast.ops.library import NO_CUDA_GRAPH, define
+from adalora_fast.shards import shards_of
+
+if TYPE_CHECKING:
+    from adalora_fast.allocator import RankAllocator
+
+MISSING_FOR = 10  # optimizer steps without R before a warning
+
+_numbers = itertools.count(1)
+_by_number: "weakref.WeakValueDictionary[int, Regulariser]" = weakref.WeakValueDictionary()
+
+
+@define(
+    "orthogonality_acts(Tensor grad, int number, bool own) -> Tensor",
+    fake=lambda grad, number, own: torch.empty_like(grad),
+    tags=NO_CUDA_GRAPH,
+)
+def _orthogonality_acts(grad, number, own):
+    # An op, so that a compiled backward asks it at every step instead of once.
+    regulariser = _by_number.get(number)
+    return grad.clone() if regulariser is None else regulariser.acts(grad, own)
+
+
+class _Noted(torch.autograd.Function):
+    """The identity; its backward tells the regulariser, which says what goes on from here."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, number: int, own: bool) -> Tensor:
+        ctx.number, ctx.own = number, own
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return torch.ops.adalora_fast.orthogonality_acts(grad, ctx.number, ctx.own), None, None
+
+
+class Regulariser:
+    """The orthogonality term of one allocator's factors.
+
+    Args:
+        allocator: whose factors; it becomes the allocator's attribute ``regulariser``.
+        penalty: ``"fro"`` or ``"squared"``.
+        weight: returns γ, which may change during a run.
+
+    Attributes:
+        once: R ignores the weight that the loss gives to it and acts once per step (:meth:`act_once`).
+        scaler: the ``GradScaler`` of the loss, or None.
+        acted: whether R has acted since the last optimizer step.
+        value: R of the last forward or step, a scalar; None before the first.
+    """
+
+    def __init__(self, allocator: "RankAllocator", penalty: str, weight: Callable[[], float]) -> None:
+        self.allocator, self.penalty, self.weight = allocator, penalty, weight
+        self.once = False
+        self.scaler: torch.amp.GradScaler | None = None
+        self.value: Tensor | None = None
+        self._enlist()
+        allocator.regulariser = self
+
+    def _enlist(self) -> None:
+        self._lead: Tensor | None = None  # the factor whose accumulation is watched
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._is_captured = False  # R is part of a CUDA graph, whose replays run no Python
+        self._reached, self._steps_without = False, 0
+        self.forget()
+        self._number = next(_numbers)
+        _by_number[self._number] = self
+
+    def __getstate__(self) -> dict:
+        """A copy of the model gets a regulariser of its own, between two steps."""
+        return {**self.__dict__, "scaler": None, "value": None, "_lead": None, "_hook": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._enlist()
+
+    def act_once(self, scaler: torch.amp.GradScaler | None) -> None:
+        """From here on R acts once per optimizer step, whatever weight a loss gives to it.
+
+        Args:
+            scaler: the ``GradScaler`` that multiplies the loss, or None.
+        """
+        self.once, self.scaler = True, scaler
+        self.forget()
+
+    def act_on_request(self) -> None:
+        """From here on R's weight is what the loss gives to it."""
+        self.once, self.scaler = False, None
+        self.forget()
+
+    def forget(self) -> None:
+        """The next optimizer step begins: R has not acted in it."""
+        self.acted = self._accumulated = self._in_pass = False
+
+    def loss(self) -> Tensor:
+        """R, differentiable; :meth:`term` is what a loss gets."""
+        return orthogonality_of(self.allocator.factors(), self.penalty, self.allocator)
+
+    def term(self) -> Tensor:
+        """γ · R, for the loss that the model itself returns."""
+        if not torch.compiler.is_compiling() and self._gradients_are_gone():
+            self.forget()  # a GradScaler skipped the last step and the gradients were zeroed
+        value = self.loss()
+        self.value = value.detach()
+        return self.noted(self.weight() * value, own=True)
+
+    def noted(self, value: Tensor, own: bool = False) -> Tensor:
+        """``value``, whose backward counts as R's. ``own``: it is the model's own term, not the user's."""
+        return _Noted.apply(value, self._number, own) if value.requires_grad else value
+
+    def acts(self, grad: Tensor, own: bool) -> Tensor:
+        """R's backward runs, with ``grad`` from the loss; returns what goes on to the factors."""
+        self._reached = True
+        if _is_capturing():
+            self.acted = self._is_captured = True
+            return grad.clone()
+        self._watch()
+        repeated = self._accumulated or self._in_pass
+        self.acted = self._in_pass = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+        if not (self.once and own):
+            return grad.clone()
+        if repeated:
+            return torch.zeros_like(grad)
+        one = torch.ones_like(grad)
+        return one if self.scaler is None else self.scaler.scale(one)
+
+    def _watch(self) -> None:
+        """Learn whether a backward pass ends in ``.grad`` (``torch.autograd.grad`` leaves no trace there)."""
+        lead = next((f.lora_A for f in self.allocator.factors() if f.lora_A.requires_grad), None)
+        if lead is not None and lead is not self._lead:
+            if self._hook is not None:
+                self._hook.remove()
+            self._lead = lead
+            self._hook = lead.register_post_accumulate_grad_hook(self._note_accumulation)
+
+    def _note_accumulation(self, _) -> None:
+        self._accumulated = self._accumulated or self._in_pass
+
+    def _end_pass(self) -> None:
+        self._in_pass = False
+
+    def _gradients_are_gone(self) -> bool:
+        factors = self.allocator.factors()
+        return all(f.lora_A.grad is None and f.lora_E.grad is None for f in factors[:1])
+
+    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Hook of the optimizer that trains the factors: add γ ∇R if it has not acted since the last step.
+
+        If the gradients are still scaled (``optimizer.grad_scale``), so is what is added. An optimizer with
+        a closure builds its loss later: only what the loss brings counts then.
+        """
+        if self.weight() > 0 and not callable(args[0] if args else kwargs.get("closure")):
+            share = self._missing()
+            if share is not None:
+                self._add(share, getattr(optimizer, "grad_scale", None))
+        self.forget()
+
+    def _missing(self) -> float | None:
+        """The share of γ ∇R that this process's gradients lack; None if no process has anything to add."""
+        has_gradient = any(parameter.grad is not None for parameter in self.allocator.parameters())
+        processes, lambdas = self.allocator.processes, self.allocator.lambdas()
+        if not processes.are_several():
+            return 1.0 if has_gradient and not self.acted else None
+        # Averaged gradients hold R's in part if it acted in some of the processes, so they have to agree.
+        acted, having = processes.count((self.acted, has_gradient), lambdas[0].device)
+        if not having or acted == processes.size():
+            return None
+        if shards_of(lambdas) is not None:
+            return float(not self.acted)  # of sharded factors every process adds to its own rows
+        return 1 - acted / processes.size()
+
+    def follow(self) -> None:
+        """Another process asks whether R acted, while this one has no data."""
+        if self.weight() > 0:
+            self.allocator.processes.count((False, False), self.allocator.lambdas()[0].device)
+
+    @torch.no_grad()
+    def _add(self, share: float, scale: Tensor | None) -> None:
+        layers = self.allocator.factors()
+        trained = [f for layer in layers for f in (layer.lora_A, layer.lora_B) if f.requires_grad]
+        with torch.enable_grad():
+            value = orthogonality_of(layers, self.penalty, None)
+            parts = torch.autograd.grad(self.weight() * value, trained)
+        self.value, self._reached = value.detach(), True
+        factor = share if scale is None else share * scale
+        parts = [factor * part for part in parts]
+        for parameter, part in zip(trained, parts, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(part)
+        self.allocator.note_added(dict(zip(map(id, trained), parts)), is_scaled=scale is not None)
+
+    def note_step(self) -> None:
+        """The allocator follows an optimizer step: say once that R took no part in the first ones."""
+        reached, self._reached = self._reached, False
+        if reached or self._is_captured or self._steps_without >= MISSING_FOR or self.weight() == 0:
+            return
+        self._steps_without += any(parameter.grad is not None for parameter in self.allocator.parameters())
+        if self._steps_without == MISSING_FOR:
+            warnings.warn(
+                f"the orthogonality term reached no gradient in {MISSING_FOR} optimizer steps: the loss that "
+                "is differentiated is not the model's outputs.loss. Use AdaLoraCallback or "
+                "rankallocator.attach(optimizer), which add it, or add orth_reg_weight * "
+                "orthogonality_loss(model) to the loss; orth_reg_weight=0 switches it off",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
