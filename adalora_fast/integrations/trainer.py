@@ -170,7 +170,7 @@ class AdaLoraCallback(TrainerCallback):
     def _greet_reporters(self, args) -> None:
         if self._histograms is not None:
             self._histograms.start()
-        elif args.report_to:
+        elif getattr(args, "report_to", None):
             warnings.warn(
                 f"report_to={args.report_to} is called before this callback and does not see adalora/*; "
                 "use AdaLoraCallback().install(trainer) in place of callbacks=[AdaLoraCallback()]",
