@@ -27,7 +27,7 @@ from torch import Tensor
 
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.library import NO_CUDA_GRAPH, define
-from adalora_fast.shards import shards_of
+from adalora_fast.shards import is_running, shards_of
 
 if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
@@ -90,6 +90,7 @@ class Regulariser:
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._is_captured = False  # R is part of a CUDA graph, whose replays run no Python
         self._reached, self._steps_without = False, 0
+        self._gathered: list[bool] | None = None  # which factors were sharded when R was last computed
         self.forget()
         self._number = next(_numbers)
         _by_number[self._number] = self
@@ -122,7 +123,17 @@ class Regulariser:
 
     def loss(self) -> Tensor:
         """R, differentiable; :meth:`term` is what a loss gets."""
+        if is_running():
+            self._gathered = [shards_of([factor]) is not None for factor in self._sides()]
         return orthogonality_of(self.allocator.factors(), self.penalty, self.allocator)
+
+    def _sides(self) -> list[Tensor]:
+        """A_0, B_0, A_1, ..."""
+        return [factor for layer in self.allocator.factors() for factor in (layer.lora_A, layer.lora_B)]
+
+    def needs_everybody(self) -> bool:
+        """Whether R takes a collective: sharded factors are gathered, also by processes without a loss."""
+        return shards_of(self.allocator.lambdas()) is not None
 
     def term(self) -> Tensor:
         """γ · R, for the loss that the model itself returns."""
@@ -179,45 +190,50 @@ class Regulariser:
         a closure builds its loss later: only what the loss brings counts then.
         """
         if self.weight() > 0 and not callable(args[0] if args else kwargs.get("closure")):
-            share = self._missing()
-            if share is not None:
-                self._add(share, getattr(optimizer, "grad_scale", None))
+            shares = self._missing()
+            if shares is not None:
+                self._add(shares, getattr(optimizer, "grad_scale", None))
         self.forget()
 
-    def _missing(self) -> float | None:
-        """The share of γ ∇R that this process's gradients lack; None if no process has anything to add."""
+    def _missing(self) -> list[float] | None:
+        """The share of γ ∇R that the gradient of each factor lacks; None if nobody has anything to add."""
         has_gradient = any(parameter.grad is not None for parameter in self.allocator.parameters())
-        processes, lambdas = self.allocator.processes, self.allocator.lambdas()
+        processes, count = self.allocator.processes, 2 * len(self.allocator.factors())
         if not processes.are_several():
-            return 1.0 if has_gradient and not self.acted else None
+            return [1.0] * count if has_gradient and not self.acted else None
         # Averaged gradients hold R's in part if it acted in some of the processes, so they have to agree.
-        acted, having = processes.count((self.acted, has_gradient), lambdas[0].device)
+        acted, having = processes.count((self.acted, has_gradient), self._device)
         if not having or acted == processes.size():
             return None
-        if shards_of(lambdas) is not None:
-            return float(not self.acted)  # of sharded factors every process adds to its own rows
-        return 1 - acted / processes.size()
+        # What a process gathered for R was not averaged: it has R's gradient in its own rows, or has not.
+        gathered = self._gathered or [False] * count
+        own, averaged = float(not self.acted), 1 - acted / processes.size()
+        return [own if each else averaged for each in gathered]
 
     def follow(self) -> None:
         """Another process asks whether R acted, while this one has no data."""
         if self.weight() > 0:
-            self.allocator.processes.count((False, False), self.allocator.lambdas()[0].device)
+            self.allocator.processes.count((False, False), self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.allocator.lambdas()[0].device
 
     @torch.no_grad()
-    def _add(self, share: float, scale: Tensor | None) -> None:
-        layers = self.allocator.factors()
-        trained = [f for layer in layers for f in (layer.lora_A, layer.lora_B) if f.requires_grad]
+    def _add(self, shares: list[float], scale: Tensor | None) -> None:
+        trained = [(f, share) for f, share in zip(self._sides(), shares, strict=True) if f.requires_grad]
         with torch.enable_grad():
-            value = orthogonality_of(layers, self.penalty, None)
-            parts = torch.autograd.grad(self.weight() * value, trained)
+            value = orthogonality_of(self.allocator.factors(), self.penalty, None)
+            parts = torch.autograd.grad(self.weight() * value, [factor for factor, _ in trained])
         self.value, self._reached = value.detach(), True
-        factor = share if scale is None else share * scale
-        parts = [factor * part for part in parts]
-        for parameter, part in zip(trained, parts, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(part)
-        self.allocator.note_added(dict(zip(map(id, trained), parts)), is_scaled=scale is not None)
+        added = {}
+        for (factor, share), part in zip(trained, parts, strict=True):
+            part = part * share if scale is None else part * share * scale
+            if factor.grad is None:
+                factor.grad = torch.zeros_like(factor)
+            factor.grad.add_(part)
+            added[id(factor)] = part
+        self.allocator.note_added(added, is_scaled=scale is not None)
 
     def note_step(self) -> None:
         """The allocator follows an optimizer step: say once that R took no part in the first ones."""

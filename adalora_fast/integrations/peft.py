@@ -44,8 +44,12 @@ class FusedAdaLoraModel(AdaLoraModel):
         if not (self.training and torch.is_grad_enabled()) or self.rankallocator is None:
             return outputs
         self._watch_for_forgotten_allocator()
-        if isinstance(getattr(outputs, "loss", None), torch.Tensor) and self.orth_reg_weight() > 0:
-            term = self.rankallocator.regulariser.term()
+        regulariser = self.rankallocator.regulariser
+        has_loss = isinstance(getattr(outputs, "loss", None), torch.Tensor)
+        if self.orth_reg_weight() == 0 or not (has_loss or regulariser.needs_everybody()):
+            return outputs
+        term = regulariser.term()
+        if has_loss:
             outputs.loss = outputs.loss + term.to(outputs.loss.device)
         return outputs
 
