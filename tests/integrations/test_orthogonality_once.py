@@ -8,8 +8,9 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from adalora_fast import fuse, orthogonality_loss
+from adalora_fast import AdaLoraCallback, fuse, orthogonality_loss
 from adalora_fast.regulariser import MISSING_FOR
 from tests import models
 from tests.integrations.helpers import no_warning
@@ -314,3 +315,39 @@ def test_in_a_compiled_model(loss):
         for parameter in model.parameters():
             parameter.grad = None
         assert step(model, lambda _, inputs: loss(compiled, inputs)) == pytest.approx(1, rel=1e-9)
+
+
+# -- the Trainer -----------------------------------------------------------------------------------
+
+
+class FirstGradients(TrainerCallback):
+    """Keeps the share of γ ∇R in the gradients of the first optimizer step, where λ is still zero."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.share = share_of_r(model)
+
+
+class WithoutTheModelsLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return from_logits(model, inputs)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("kind", [Trainer, WithoutTheModelsLoss], ids=["own loss", "from logits"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"gradient_accumulation_steps": 4}, {"label_smoothing_factor": 0.1}], ids=str
+)
+def test_under_the_trainer(family, kind, arguments, tmp_path):
+    watch = FirstGradients()
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.0, "learning_rate": 0.0}
+    run = kind(
+        model=adapted(family, **CONFIG).double(),
+        args=TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", **settings, **arguments
+        ),
+        train_dataset=models.examples(16),
+        callbacks=[AdaLoraCallback(), watch],
+    )
+    run.train()
+    assert watch.share == pytest.approx(1, rel=1e-6)
