@@ -1,4 +1,4 @@
-"""Locks between processes: they hold, they are freed however their owner ends, and they leave nothing behind."""
+"""Locks between processes hold, are freed however their owner ends, and leave nothing behind."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 from adalora_fast.locks import locked
 
-ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 HOLD = """
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def holder(tmp_path):
     def hold(path):
         process = subprocess.Popen(
             [sys.executable, "-c", HOLD, str(path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
         )  # fmt: skip
         started.append(process)
         assert process.stdout.readline() == "held\n"
@@ -77,7 +77,7 @@ def test_waiting(holder, tmp_path):
     waiting = HOLD.replace("(sys.argv[1]))", "(sys.argv[1]), wait=True)")
     second = subprocess.Popen(
         [sys.executable, "-c", waiting, str(path)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(timeout=1)
@@ -89,14 +89,14 @@ def test_waiting(holder, tmp_path):
 def test_two_of_one_process(tmp_path):
     with (
         locked(tmp_path / "a"),
-        pytest.raises(BlockingIOError, match="at work on .*a; wait"),
+        pytest.raises(BlockingIOError, match=r"at work on .*a; wait"),
         locked(tmp_path / "a"),
     ):
         pytest.fail("both have it")
 
 
 def test_a_lock_that_its_owner_took_away_keeps_nobody_off(tmp_path, monkeypatch):
-    """A opens the file that B is about to remove: what A gets then must not count as the lock of that name."""
+    """A opens the file that B is about to remove: what A gets then must not count as the lock."""
     if sys.platform == "win32":
         pytest.skip("Windows removes no file that is open")
     import fcntl
@@ -119,7 +119,7 @@ def test_a_lock_that_its_owner_took_away_keeps_nobody_off(tmp_path, monkeypatch)
 def test_the_error_of_the_block_is_the_blocks_own(tmp_path):
     with pytest.raises(filelock.Timeout), locked(tmp_path / "run"):
         raise filelock.Timeout("elsewhere")
-    with pytest.raises(OSError, match="^disk$"), locked(tmp_path / "run"):
+    with pytest.raises(OSError, match=r"^disk$"), locked(tmp_path / "run"):
         raise OSError("disk")
     assert files(tmp_path) == []
 
@@ -137,7 +137,7 @@ def test_a_place_where_no_lock_can_be(tmp_path, wait):
 def test_no_module_needs_posix():
     """Locks go through filelock: `fcntl` and its like would end the import on Windows."""
     posix = ("fcntl", "resource", "pwd", "grp", "termios")
-    for path in (ROOT / "adalora_fast").rglob("*.py"):
+    for path in (Path(__file__).parents[1] / "adalora_fast").rglob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
         found = [line for line in lines if line.strip().startswith(tuple(f"import {name}" for name in posix))]
         assert not found, (path, found)
