@@ -6,6 +6,9 @@ is installed into). Nothing is ever downloaded for the build, and where it is no
 succeeds without it, and the package works in plain PyTorch. pip hides what a successful installation prints,
 so the reason is also written where the library would be, and `python -m adalora_fast` shows it.
 
+A wheel with a library in it is of one platform (cp311-abi3-linux_x86_64); one without is of all
+(py3-none-any), and its name says so. docs/native.md has the commands.
+
     ADALORA_FAST_BUILD_CUDA=0|1   leave the CUDA part out, or insist on it (default: where nvcc and a CUDA
                                   PyTorch are found)
     ADALORA_FAST_STRICT_BUILD=1   a warning is an error, and so is a build that is not possible
@@ -18,11 +21,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
@@ -31,6 +37,7 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of PyT
 # No -march and no contraction to fused multiply-adds: one wheel runs, with one result, on every machine.
 CPU = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
        "-fno-trapping-math", "-Wall", "-Wextra", *(["-Werror"] if STRICT else []), *DEFINES]  # fmt: skip
+NO_TORCH = "there was no PyTorch to build against; install torch, then build without isolation"
 LIBRARIES = ("torch", "torch_cpu", "torch_cuda", "c10")
 GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 CUDA = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *GPUS,
@@ -150,6 +157,29 @@ def leave_note(package: Path, library: str, reason: str | None) -> None:
     note.write_text(reason + "\n", encoding="utf-8")
 
 
+class Sources(build_py):
+    """The Python files; and where no extension was even tried, the note that says why."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.distribution.ext_modules and not self.editable_mode:
+            leave_note(Path(self.build_lib) / "adalora_fast", "_C", NO_TORCH)
+
+
+class Wheel(bdist_wheel):
+    """Named by what is in it: a wheel whose library could not be built runs everywhere."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+        built = Path(self.get_finalized_command("build").build_lib) / "adalora_fast"
+        if not any(built.glob("_C*so")):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+            print("adalora_fast: this wheel has no C++ kernels (docs/native.md)", file=sys.stderr)
+        super().run()
+
+
 def refuse(reason: str) -> None:
     """The package works without the extension, unless a strict build was asked for."""
     if STRICT:
@@ -161,14 +191,33 @@ def extensions() -> list[Extension]:
     """What can be built here."""
     torch = installed_torch()
     if torch is None:
-        refuse("adalora_fast._C was not built: install torch first, then this package again")
+        refuse(f"adalora_fast._C was not built: {NO_TORCH}")
         return []
     with_cuda = cuda_refusal(torch) is None
     return [extension("_C", "cpu"), *([extension("_C_cuda", "cuda")] if with_cuda else [])]
 
 
+def description() -> str:
+    """README.md as a package index shows it: files of the repository by their addresses there, or, where
+    pyproject.toml names no repository, their names alone. Relative links would lead nowhere.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project.get("urls", {}).get("Repository", "").rstrip("/")
+
+    def absolute(link: re.Match) -> str:
+        image, name, target = link.groups()
+        if not repository:
+            return f"*{name}*" if image else name
+        return f"{image}[{name}]({repository}/{'raw' if image else 'blob'}/HEAD/{target})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!#|[a-z]+:)([^)\s]+)\)", absolute, text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": Sources, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # no Python headers at all, in fact
 )

@@ -34,11 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command_line(arguments)
     if arguments[:1] == ["export"]:
         return carry_out(parse_plainly(Export, "export", arguments[1:]).run)
-    return refuse(remedy(" ".join(["adalora-fast", *_command(arguments)]), absent))
-
-
-def _command(arguments: Sequence[str]) -> Sequence[str]:
-    return arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    named = arguments and not arguments[0].startswith("-")
+    return refuse(remedy(arguments[0] if named else "the command line", absent))
 
 
 def carry_out(run: Callable[[], int | None]) -> int:
