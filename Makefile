@@ -3,6 +3,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 ARGS    ?=
+NEWEST  ?=
 TESTS   ?= tests
 WORKERS ?= 2
 
@@ -14,7 +15,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
+.PHONY: help venv build dist demo test test-newest peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -43,6 +44,10 @@ $(NATIVE): $(STAMP) setup.py $(SOURCES)
 
 build: $(NATIVE) ## build the C++ kernels, where there is a compiler
 
+# The wheel of this platform, with the kernels in it or not at all; from the source distribution, which is made first.
+dist: $(STAMP) ## make dist/: the source distribution, and the wheel with the C++ kernels (docs/native.md)
+	ADALORA_FAST_STRICT_BUILD=1 $(BIN)/python -m build --no-isolation
+
 demo: $(NATIVE) ## fine-tune a small encoder with every score, on this machine (ARGS="--fast" for a short one)
 	$(BIN)/adalora-fast demo $(ARGS)
 
@@ -50,6 +55,15 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS ?= 1
 test: $(NATIVE) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" for pytest, WORKERS=2 processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+
+# By hand and not in CI: what is newest changes without a change here. The bounds of pyproject.toml are checked first.
+test-newest: export HF_HUB_OFFLINE = 1
+test-newest: export OMP_NUM_THREADS ?= 1
+test-newest: $(NATIVE) ## run the tests on the newest versions of everything (NEWEST="torch==2.13.0" keeps some)
+	$(BIN)/python -m tests.bounds $(NEWEST)
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m $(INSTALL) --upgrade --upgrade-strategy eager $(NEWEST) -e '.[demo,experiments,quantized,cluster,dev]'
+	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
 
 # PEFT's source distribution carries its tests; they and what they import come from the package index, once.
 peft-suite: export OMP_NUM_THREADS ?= 1

@@ -3,23 +3,32 @@
 The libraries use PyTorch's stable ABI and no Python headers. They are built where a C++ compiler and an
 installed PyTorch are found (pip's isolated build environment has none: then the one of the environment that
 is installed into). Nothing is ever downloaded for the build, and where it is not possible the installation
-succeeds without it: `python -m adalora_fast` says so, and the package works in plain PyTorch.
+succeeds without it, and the package works in plain PyTorch. pip hides what a successful installation prints,
+so the reason is also written where the library would be, and `python -m adalora_fast` shows it.
+
+A wheel with a library in it is of one platform (cp311-abi3-linux_x86_64); one without is of all
+(py3-none-any), and its name says so. docs/native.md has the commands.
 
     ADALORA_FAST_BUILD_CUDA=0|1   leave the CUDA part out, or insist on it (default: where nvcc and a CUDA
                                   PyTorch are found)
     ADALORA_FAST_STRICT_BUILD=1   a warning is an error, and so is a build that is not possible
 """
 
+import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
@@ -28,6 +37,7 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of PyT
 # No -march and no contraction to fused multiply-adds: one wheel runs, with one result, on every machine.
 CPU = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
        "-fno-trapping-math", "-Wall", "-Wextra", *(["-Werror"] if STRICT else []), *DEFINES]  # fmt: skip
+NO_TORCH = "there was no PyTorch to build against; install torch, then build without isolation"
 LIBRARIES = ("torch", "torch_cpu", "torch_cuda", "c10")
 GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 CUDA = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *GPUS,
@@ -78,20 +88,39 @@ class Build(build_ext):
     """Runs the compilers directly: what it runs is what it prints."""
 
     def run(self) -> None:
+        self.outcome: dict[str, str | None] = {}  # library → why it was not built
         reason = cuda_refusal(installed_torch())
         if reason is not None:
             print(f"adalora_fast: adalora_fast._C_cuda is not built: {reason}", file=sys.stderr)
+            self.outcome["_C_cuda"] = reason
         super().run()
+        in_place = self.inplace or self.editable_mode
+        for library, reason in self.outcome.items():
+            for folder in (Path(self.build_lib), *([ROOT] if in_place else [])):
+                leave_note(folder / "adalora_fast", library, reason)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         newest = max((ROOT / path).stat().st_mtime for path in (*ext.sources, *ext.depends))
         if target.exists() and target.stat().st_mtime > newest and not self.force:
             return
+        library = ext.name.rpartition(".")[2]
         try:
             self._compile(ext, target)
+            self.outcome[library] = None
         except (OSError, BaseError) as error:
+            self.outcome[library] = str(error)
             refuse(f"{ext.name} was not built: {error}")
+
+    def _run(self, command: list[str]) -> None:
+        self.announce(" ".join(command), level=logging.INFO)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        output = done.stdout.decode(errors="replace")
+        sys.stderr.write(output)
+        if done.returncode != 0:
+            lines = output.split("\n")
+            error = next((line.strip() for line in lines if "error" in line.lower()), lines[0].strip())
+            raise OSError(f"{command[0]} ended with {done.returncode}{': ' if error else ''}{error}")
 
     def _compile(self, ext: Extension, target: Path) -> None:
         torch = installed_torch()
@@ -107,13 +136,48 @@ class Build(build_ext):
         for source in ext.sources:
             output = Path(self.build_temp) / ext.name / f"{Path(source).stem}.o"
             output.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([*compile_, "-isystem", str(torch / "include"), "-c", source, "-o", str(output)])
+            self._run([*compile_, "-isystem", str(torch / "include"), "-c", source, "-o", str(output)])
             objects.append(str(output))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")  # a broken link never looks like a library
-        self.spawn([*link, "-shared", *objects, *undefined, f"-L{torch / 'lib'}",
+        self._run([*link, "-shared", *objects, *undefined, f"-L{torch / 'lib'}",
                     *(f"-l{name}" for name in libraries), "-o", str(partial)])  # fmt: skip
         partial.replace(target)
+
+
+def leave_note(package: Path, library: str, reason: str | None) -> None:
+    """Why a library is not there, in its place; a library of older sources goes."""
+    note = package / f"{library}.not-built.txt"
+    if reason is None:
+        note.unlink(missing_ok=True)
+        return
+    for old in package.glob(f"{library}.*so"):
+        old.unlink()
+    package.mkdir(parents=True, exist_ok=True)
+    note.write_text(reason + "\n", encoding="utf-8")
+
+
+class Sources(build_py):
+    """The Python files; and where no extension was even tried, the note that says why."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.distribution.ext_modules and not self.editable_mode:
+            leave_note(Path(self.build_lib) / "adalora_fast", "_C", NO_TORCH)
+
+
+class Wheel(bdist_wheel):
+    """Named by what is in it: a wheel whose library could not be built runs everywhere."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+        built = Path(self.get_finalized_command("build").build_lib) / "adalora_fast"
+        if not any(built.glob("_C*so")):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+            print("adalora_fast: this wheel has no C++ kernels (docs/native.md)", file=sys.stderr)
+        super().run()
 
 
 def refuse(reason: str) -> None:
@@ -127,14 +191,33 @@ def extensions() -> list[Extension]:
     """What can be built here."""
     torch = installed_torch()
     if torch is None:
-        refuse("adalora_fast._C was not built: install torch first, then this package again")
+        refuse(f"adalora_fast._C was not built: {NO_TORCH}")
         return []
     with_cuda = cuda_refusal(torch) is None
     return [extension("_C", "cpu"), *([extension("_C_cuda", "cuda")] if with_cuda else [])]
 
 
+def description() -> str:
+    """README.md as a package index shows it: files of the repository by their addresses there, or, where
+    pyproject.toml names no repository, their names alone. Relative links would lead nowhere.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project.get("urls", {}).get("Repository", "").rstrip("/")
+
+    def absolute(link: re.Match) -> str:
+        image, name, target = link.groups()
+        if not repository:
+            return f"*{name}*" if image else name
+        return f"{image}[{name}]({repository}/{'raw' if image else 'blob'}/HEAD/{target})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!#|[a-z]+:)([^)\s]+)\)", absolute, text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": Sources, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # no Python headers at all, in fact
 )

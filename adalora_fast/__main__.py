@@ -44,9 +44,9 @@ def report() -> str:
 def main() -> int:
     """Print the report, or run the command that the arguments name."""
     if len(sys.argv) > 1:
-        from adalora_fast.cli import main as cli
+        from adalora_fast.entry import main as entry
 
-        return cli()
+        return entry()
     try:
         print(report())
     except ValueError as error:

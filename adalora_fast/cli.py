@@ -1,14 +1,11 @@
 """The command line: `adalora-fast demo | train | sweep | report | analyze | soup | export | bench`.
 
 Every command is a frozen dataclass whose fields are its flags. Anything slow is imported when a command runs,
-so that `--help` answers at once.
+so that `--help` answers at once. `adalora-fast` starts in `entry.py`, which looks first whether the packages
+that this file and the command need are installed.
 """
 
-import logging
 import os
-import sys
-import traceback
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from adalora_fast.bench.cli import Bench
-from adalora_fast.environment import is_no_room
+from adalora_fast.entry import carry_out
+from adalora_fast.export_command import Export
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,32 +271,6 @@ class Soup:
         console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """An exact plain LoRA adapter from a saved AdaLoRA one, without loading the base; and who serves it."""
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    """The adapter's folder, as save_pretrained wrote it."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """A new or empty folder for the LoRA adapter."""
-    uniform: bool = False
-    """The same rank in every layer, padded with zeros, as SGLang and TGI need it."""
-    base: str | None = None
-    """Name or path of the base model to write into the configuration (default: as it was)."""
-
-    def run(self, console: "Console") -> None:
-        from adalora_fast.integrations.export import export_folder
-        from adalora_fast.integrations.serving import servable
-
-        plain = export_folder(self.folder, self.out, uniform=self.uniform, base=self.base)
-        total, layers = sum(plain.ranks.values()), len(plain.ranks)
-        console.out(
-            f"{self.out}: {total} triplets in {layers} matrices, r = {plain.config.r}", highlight=False
-        )
-        for server, reasons in servable(self.out).items():
-            console.out(f"{server}: {'; '.join(reasons) or 'takes it'}", highlight=False)
-
-
 COMMANDS = {
     "demo": Demo,
     "train": Train,
@@ -308,7 +278,7 @@ COMMANDS = {
     "report": Report,
     "analyze": Analyze,
     "soup": Soup,
-    "export": Export,
+    "export": tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Export),
     "bench": Bench,
 }
 
@@ -322,36 +292,4 @@ def main(arguments: list[str] | None = None) -> int:
     )
     from rich.console import Console
 
-    _quiet_libraries()
-    try:
-        return command.run(Console()) or 0
-    except Exception as error:
-        message = _for_the_user(error)
-        if message is None:
-            raise
-        print(f"adalora-fast: {' '.join(message.split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("adalora-fast: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-
-
-def _quiet_libraries() -> None:
-    """The progress display speaks for the whole program; what libraries say of their own future does not
-    matter here.
-    """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it names a package it could use
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _for_the_user(error: Exception) -> str | None:
-    """Errors that this package raises itself say what to do, and so is a full disk no defect, whoever met it.
-    None for the others, which keep their traceback.
-    """
-    place = traceback.extract_tb(error.__traceback__)[-1].filename
-    own = isinstance(error, ValueError | OSError) and Path(place).is_relative_to(PACKAGE)
-    if is_no_room(error) and (not own or getattr(error, "errno", None)):
-        return f"there is no room left to write ({error}); make some, and the same command goes on"
-    return str(error) if own else None
+    return carry_out(lambda: command.run(Console()))

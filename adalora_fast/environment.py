@@ -101,7 +101,7 @@ def is_no_room(error: BaseException) -> bool:
     while error is not None and error not in causes:
         causes.append(error)
         error = error.__cause__ or error.__context__
-    numbers = (errno.ENOSPC, errno.EDQUOT)
+    numbers = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
     signs = ("No space left", "os error 28", "quota exceeded", "inline_container")  # the last is torch.save's
     return any(
         getattr(cause, "errno", None) in numbers or any(sign in str(cause) for sign in signs)

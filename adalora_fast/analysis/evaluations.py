@@ -8,10 +8,10 @@ they are tokenised, and the precision) and `mixture` (which runs, by what they t
 Lines of other rows or other runs stay, and are found again by the command that they are of.
 """
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.squad import QuestionSplit
 from adalora_fast.experiments.tasks import Split
 from adalora_fast.experiments.workloads import vocabulary_of
+from adalora_fast.locks import locked
 
 from .features import hash_of_base
 from .rows import Evaluation, content_of
@@ -60,19 +61,23 @@ class Evaluations:
         self.path, self.rows = path, rows
         self.others = self.damaged = 0
         self._known: dict[Mixture, Evaluation] = {}
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes] | None = None  # for appending, without a buffer
+        self._close: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Evaluations":
         if self.path is not None:
-            self._file = _opened(self.path)
-            self._read(self._file)
+            with ExitStack() as opened:
+                with writing_to(self.path):
+                    self._file = opened.enter_context(self.path.open("a+b", buffering=0))
+                opened.enter_context(locked(self.path))
+                self._read(self._file)
+                self._close = opened.pop_all().close
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()  # and with it the lock
+        self._close()
 
     def __contains__(self, mixture: Mixture) -> bool:
         return mixture in self._known
@@ -101,18 +106,6 @@ class Evaluations:
                 self.others += 1
             else:
                 self._known[line[1]] = line[2]
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """For appending without a buffer, and kept from other processes."""
-    with writing_to(path):
-        file = path.open("a+b", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BlockingIOError(f"another process is at work on {path}; wait for it") from None
-    return file
 
 
 def _parsed(text: bytes) -> tuple[str, Mixture, Evaluation] | None:

@@ -4,7 +4,6 @@ A run is written into `.NAME.partial` beside its folder, which takes its name on
 So a folder that exists is complete, and one that was interrupted is recognised and goes on.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from adalora_fast.environment import environment, write_json, writing_to
+from adalora_fast.locks import locked
 
 from .recipes import WITHOUT_MATRICES, Recipe
 
@@ -175,9 +175,7 @@ class RunFolder:
         Raises:
             BlockingIOError: another process is at work on it.
         """
-        return (
-            nullcontext() if not is_main_process() else _lock(self.path.with_name(f".{self.path.name}.lock"))
-        )
+        return _locked_run(self.path) if is_main_process() else nullcontext()
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, give the folder its name, and remove what was only needed for resuming: last,
@@ -189,40 +187,16 @@ class RunFolder:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _locked_run(path: Path) -> Iterator[None]:
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is at work on {path.parent}; wait for it") from None
-        if not _is_still(path, file):
-            # Its owner has just finished and taken the file away: this lock keeps nobody off.
-            raise BlockingIOError(f"another process has just worked on {path.parent}; try again")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _is_still(path: Path, file: IO[str]) -> bool:
-    try:
-        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process reads and changes what all runs in this folder share."""
-    there = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(there, fcntl.LOCK_EX)
+    with locked(path):
         yield
-    finally:
-        os.close(there)
+
+
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Wait until no other process reads and changes what all runs in this folder share."""
+    return locked(folder / "plan.json", wait=True)
 
 
 def open_run(path: Path | str, settings: RunSettings) -> RunFolder:
