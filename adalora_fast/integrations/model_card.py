@@ -1,7 +1,7 @@
 """Model cards of adapters: what AdaLoRA chose and by which score; no path of the machine they come from."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -35,9 +35,17 @@ def finish_card(card: Path, title: str, heading: str, section: str) -> None:
     write_section(card, heading, section)
 
 
-def new_card(card: Path, base: str | None) -> None:
-    """A card for an exported adapter, as short as it can be."""
-    lines = ["---", "library_name: peft", "tags:", "- lora", "- adalora", "---", "", "# LoRA adapter"]
+def new_card(
+    card: Path,
+    base: str | None,
+    *,
+    title: str = "LoRA adapter",
+    library: str | None = "peft",
+    tags: Iterable[str] = ("lora", "adalora"),
+) -> None:
+    """A card as short as it can be."""
+    lines = ["---", *([f"library_name: {library}"] if library else [])]
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {title}"]
     if base:
         lines += ["", f"Base model: {shown_base(base)}"]
     card.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -69,7 +77,7 @@ def trained_section(facts: Mapping[str, Any] | None, ranks: Mapping[str, int]) -
         facts: ``config`` of the allocator's state; None if there is none.
         ranks: kept triplets by layer.
     """
-    return "\n\n".join(["An AdaLoRA adapter (arXiv 2303.10512).", *_allocation(facts), _table(ranks)])
+    return "\n\n".join(["An AdaLoRA adapter (arXiv 2303.10512).", *_allocation(facts), ranks_table(ranks)])
 
 
 def exported_section(facts: Mapping[str, Any] | None, ranks: Mapping[str, int]) -> str:
@@ -78,7 +86,7 @@ def exported_section(facts: Mapping[str, Any] | None, ranks: Mapping[str, int]) 
         "This LoRA adapter is the exact form of an AdaLoRA adapter (arXiv 2303.10512): singular values and "
         "scale are folded into the factors, pruned triplets are left out."
     )
-    return "\n\n".join([origin, *_allocation(facts), _table(ranks)])
+    return "\n\n".join([origin, *_allocation(facts), ranks_table(ranks)])
 
 
 def shown_base(base: str) -> str:
@@ -108,6 +116,7 @@ def _allocation(facts: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _table(ranks: Mapping[str, int]) -> str:
+def ranks_table(ranks: Mapping[str, int]) -> str:
+    """Every matrix and its kept triplets."""
     rows = "\n".join(f"| `{name}` | {rank} |" for name, rank in ranks.items())
     return f"{sum(ranks.values())} triplets in {len(ranks)} matrices.\n\n| matrix | rank |\n|---|---|\n{rows}"
