@@ -10,7 +10,6 @@ from adalora_fast.integrations.model_card import (
     RUN,
     TRAINED,
     finish_card,
-    new_card,
     ranks_table,
     section_of,
     shown_base,
@@ -26,17 +25,14 @@ def write_card(
     environment: Mapping[str, Any],
     ranks: Mapping[str, int] | None,
 ) -> None:
-    """Write README.md into `folder`, or finish the one that PEFT wrote there.
+    """Finish the README.md that PEFT wrote into `folder`; what other methods save there has none.
 
     `result` is that of result.json, `environment` what config.json says of versions and command, `ranks` the
     kept triplets by matrix. Of every path of this machine the card has the last part only.
     """
     card = folder / CARD
     if not card.is_file():
-        library = "transformers" if settings.method == "full" else None
-        new_card(
-            card, settings.model, title=_title(settings, result), library=library, tags=("adalora-fast",)
-        )
+        return
     section = _section(settings, result, environment)
     if ranks and section_of(card, TRAINED) is None:
         section += f"\n\n{ranks_table(ranks)}"

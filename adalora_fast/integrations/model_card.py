@@ -1,7 +1,7 @@
 """Model cards of adapters: what AdaLoRA chose and by which score; no path of the machine they come from."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -35,17 +35,9 @@ def finish_card(card: Path, title: str, heading: str, section: str) -> None:
     write_section(card, heading, section)
 
 
-def new_card(
-    card: Path,
-    base: str | None,
-    *,
-    title: str = "LoRA adapter",
-    library: str | None = "peft",
-    tags: Iterable[str] = ("lora", "adalora"),
-) -> None:
-    """A card as short as it can be."""
-    lines = ["---", *([f"library_name: {library}"] if library else [])]
-    lines += ["tags:", *(f"- {tag}" for tag in tags), "---", "", f"# {title}"]
+def new_card(card: Path, base: str | None) -> None:
+    """A card for an exported adapter, as short as it can be."""
+    lines = ["---", "library_name: peft", "tags:", "- lora", "- adalora", "---", "", "# LoRA adapter"]
     if base:
         lines += ["", f"Base model: {shown_base(base)}"]
     card.write_text("\n".join(lines) + "\n", encoding="utf-8")
