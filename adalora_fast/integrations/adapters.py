@@ -42,16 +42,16 @@ class WithAdapters(AdaLoraModel):
             self.make_allocator(finished=False)
         except (ValueError, TypeError):
             self.delete_adapter(adapter)
-            self.forget_adapter(adapter)
             raise
         self.remember_versions()
 
-    def forget_adapter(self, adapter: str) -> None:
-        """What is known of an adapter that was just deleted goes too."""
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; its scales go too, and its allocator if it is the one under training."""
+        super().delete_adapter(adapter_name)
         for layer in adapter_layers(self.model).values():
-            getattr(layer, "_denominator", {}).pop(adapter, None)
-            getattr(layer, "scale_factors", {}).pop(adapter, None)
-        if adapter != getattr(self, "trainable_adapter_name", None):
+            getattr(layer, "_denominator", {}).pop(adapter_name, None)
+            getattr(layer, "scale_factors", {}).pop(adapter_name, None)
+        if adapter_name != getattr(self, "trainable_adapter_name", None):
             return
         if self.rankallocator is not None:
             self.rankallocator.detach()

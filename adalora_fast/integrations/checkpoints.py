@@ -82,7 +82,7 @@ def mapped_key(mapping: Mapping[str, str], key: str) -> str:
     """A file's key after ``load_adapter(key_mapping=…)``: the first expression that is found in the key,
     without PEFT's prefix, is replaced.
     """
-    if not mapping or not key.startswith(PREFIX):
+    if not key.startswith(PREFIX):
         return key
     key = key.removeprefix(PREFIX)
     replaced = (re.subn(pattern, replacement, key) for pattern, replacement in mapping.items())
@@ -99,11 +99,12 @@ def renamed_pattern(pattern: Mapping[str, Any], renamed: Callable[[str], str]) -
 
 def renamed_state(state: AllocatorState | None, renamed: Callable[[str], str]) -> AllocatorState | None:
     """An allocator's state for the layers' names in the model."""
-    if state is None or not isinstance(state["config"].get("layers"), dict):
-        return state
+    config = {} if state is None else state["config"]
+    if not isinstance(config, dict) or not isinstance(config.get("layers"), dict):
+        return state  # none, or a damaged one, which is judged later
     names = {
         layer: renamed(f"{PREFIX}{layer}.lora_E").removeprefix(PREFIX).removesuffix(".lora_E")
-        for layer in state["config"]["layers"]
+        for layer in config["layers"]
     }
     tensors = {}
     for key, tensor in state["tensors"].items():
@@ -112,8 +113,8 @@ def renamed_state(state: AllocatorState | None, renamed: Callable[[str], str]) -
         if statistic != "user" and layer in names:
             key = f"{statistic}{slash}{names[layer]}{dot}{kind}"
         tensors[key] = tensor
-    layers = {names[layer]: rank for layer, rank in state["config"]["layers"].items()}
-    return {"config": {**state["config"], "layers": layers}, "tensors": tensors}
+    layers = {names[layer]: rank for layer, rank in config["layers"].items()}
+    return {"config": {**config, "layers": layers}, "tensors": tensors}
 
 
 def check_checkpoint(checkpoint: Checkpoint, model, adapter: str) -> None:
@@ -212,11 +213,6 @@ class WithAllocator:
         if not peft_config.inference_mode:
             self.base_model.train_adapter(adapter_name)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's; the allocator of the adapter goes with it."""
-        super().delete_adapter(adapter_name)
-        self.base_model.forget_adapter(adapter_name)
-
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
         """PEFT's, and the allocator's state if the checkpoint has one; whole and cut-down checkpoints both
         load.
@@ -225,13 +221,18 @@ class WithAllocator:
             ValueError: a file is missing, damaged or of another model; nothing was changed then.
         """
         tuner, folder = self.base_model, Path(str(model_id)) / (kwargs.get("subfolder") or "")
-        renamed = partial(mapped_key, kwargs.get("key_mapping") or {})
+        mapping = kwargs.get("key_mapping")
+        renamed = partial(mapped_key, mapping) if mapping else str
         checkpoint = read_checkpoint(folder, renamed) if folder.is_dir() else None
         new = adapter_name not in self.peft_config
         ours = tuner.rankallocator is not None and adapter_name == tuner.trainable_adapter_name
         if checkpoint is None or not (ours or (new and is_trainable and tuner.rankallocator is None)):
             with tuner.loading(renamed):
-                return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+                result = super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            if new and adapter_name == getattr(tuner, "trainable_adapter_name", None):  # from the hub
+                tuner.rankallocator.rebind(finished=tuner.peft_config[adapter_name].rank_pattern is not None)
+                tuner.remember_versions()
+            return result
         if new:
             self._add_for_training(adapter_name, folder, kwargs)
         try:
