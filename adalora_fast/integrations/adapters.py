@@ -24,13 +24,24 @@ class WithAdapters(AdaLoraModel):
 
     def inject_adapter(self, model, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's, after a look at the name. What was trainable stays so: PEFT forgets it of modules called
-        like the new adapter.
+        like the new adapter. An adapter that is added after the last one was deleted is active.
         """
-        check_name(model, self.peft_config[adapter_name], adapter_name)
+        config = self.peft_config[adapter_name]
+        check_name(model, config, adapter_name)
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        is_alone = not self.active_adapters
+        if is_alone:
+            self.active_adapter = adapter_name
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if is_alone:
+                self.active_adapter = []
+            raise
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
+        if is_alone:
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def train_adapter(self, adapter: str) -> None:
         """Give an adapter that was just added an allocator: it is the one under training from here on."""

@@ -209,7 +209,10 @@ class WithAllocator:
 
     def add_adapter(self, adapter_name: str, peft_config, *args, **kwargs) -> None:
         """PEFT's; an adapter that is not for inference becomes the one under training."""
+        is_alone = not self.peft_config
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if is_alone:
+            self.active_adapter = adapter_name
         if not peft_config.inference_mode:
             self.base_model.train_adapter(adapter_name)
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 CARD = "README.md"
 TRAINED, EXPORTED, RUN = "## AdaLoRA", "## From AdaLoRA", "## Training run"
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 STUB = "[More Information Needed]"  # what PEFT's template has in most places
 VERSIONS = "### Framework versions"
 
@@ -91,7 +91,7 @@ def shown_base(base: str) -> str:
 
 def is_on_hub(name: str) -> bool:
     """Whether this is a name on the model hub and not a folder of this machine."""
-    return HUB_NAME.fullmatch(name) is not None and name.strip(".") != "" and not Path(name).exists()
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _allocation(facts: Mapping[str, Any] | None) -> list[str]:

@@ -15,6 +15,17 @@ WEIGHTS = "adapter_model.safetensors"
 END = 12
 
 
+class Head(nn.Module):
+    """A module that is saved whole, with a part of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.dense(x)
+
+
 class Net(nn.Module):
     """Layers below modules whose names are short, or begin with each other."""
 
@@ -24,7 +35,7 @@ class Net(nn.Module):
         self.encoder = nn.ModuleDict(
             {"mlp": nn.Linear(6, 8), "self_attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})}
         )
-        self.score = nn.Linear(8, 2)
+        self.score = Head()
 
     def forward(self, x):
         hidden = self.encoder["mlp"](x).tanh()
@@ -166,10 +177,10 @@ def test_another_adapter_of_any_name(other, stop, tmp_path):
 @pytest.mark.parametrize(
     "name, settings, key",
     [
-        ("score", {"modules_to_save": ["score"]}, "score.weight"),
-        ("weight", {"modules_to_save": ["score"]}, "score.weight"),
+        ("dense", {"modules_to_save": ["score"]}, "score.dense.weight"),
+        ("weight", {"modules_to_save": ["score"]}, "score.dense.weight"),
         ("bias", {"bias": "all"}, "bias"),
-        ("mlp", {"bias": "all"}, "encoder.mlp"),
+        ("base_layer", {"bias": "lora_only"}, "base_layer.bias"),
     ],
 )
 def test_a_name_that_peft_would_take_out_of_a_saved_tensor_is_refused(name, settings, key):

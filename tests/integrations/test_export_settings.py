@@ -153,10 +153,10 @@ def test_the_same_outputs_everywhere_and_the_source_unchanged(case, uniform, tmp
     assert off(answers(merged), expected) <= 1e-5
     assert_unchanged(model, before)
     assert off(answers(model), expected) == 0
-    merged.save_pretrained(tmp_path / "merged")
-    if "layer_replication" not in case:
+    if "layer_replication" not in case:  # transformers saves no model with replicated layers
+        merged.save_pretrained(tmp_path / "merged")
         again = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
-        assert off(answers(again), expected) <= 1e-5 or case == "tied, modules_to_save"
+        assert off(answers(again), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("way", ["merge_adapter", "base_model", "layer", "twice"])
@@ -197,10 +197,6 @@ def test_names_that_are_expressions(names, tmp_path):
     """Rank patterns are expressions; here one layer's name also matches the other's, or is none."""
     torch.manual_seed(0)
 
-    def base() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(*(nn.ModuleDict({name: nn.Linear(6, 6)})[name] for name in names))
-
     class Named(nn.Module):
         def __init__(self):
             super().__init__()
@@ -231,6 +227,7 @@ def test_a_tensor_that_has_no_place_in_the_new_model_is_named(monkeypatch):
     monkeypatch.setattr(
         lora_settings, "CARRIED", tuple(name for name in CARRIED if name != "ensure_weight_tying")
     )
+    monkeypatch.setattr(lora_settings, "OVER", (*OVER, "ensure_weight_tying"))
     with one_line(ValueError, "lm_head.weight", "no place"):
         to_lora(model)
     assert_unchanged(model, before)
