@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 CARD = "README.md"
 TRAINED, EXPORTED, RUN = "## AdaLoRA", "## From AdaLoRA", "## Training run"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-STUB = "[More Information Needed]"  # what PEFT's template has in most places
-VERSIONS = "### Framework versions"
 
 
 def finish_card(card: Path, title: str, heading: str, section: str) -> None:
@@ -22,15 +20,15 @@ def finish_card(card: Path, title: str, heading: str, section: str) -> None:
     """
     content = ModelCard.load(card, ignore_metadata_errors=True)
     base = getattr(content.data, "base_model", None)
-    if isinstance(base, str) and not is_on_hub(base):
+    if isinstance(base, str) and base and not is_on_hub(base):
         content.data.base_model = None
         content.data.tags = [tag for tag in content.data.tags or [] if base not in tag] or None
-    if STUB in content.text:
-        versions = content.text.partition(VERSIONS)
+    template = ModelCard.from_template(ModelCardData()).text.strip()
+    if content.text.strip().startswith(template):
         lines = [f"# {title}"]
         if isinstance(base, str) and base:
             lines.append(f"Base model: {shown_base(base)}")
-        content.text = "\n\n".join([*lines, f"{VERSIONS}{versions[2]}" if versions[1] else ""])
+        content.text = "\n\n".join([*lines, content.text.strip().removeprefix(template).strip()])
     content.save(card)
     write_section(card, heading, section)
 

@@ -57,14 +57,16 @@ def test_a_base_of_the_hub_stays_named(tmp_path):
 
 
 def test_a_card_of_the_owner_stays(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\n## Use\n\nAs you like.\n")
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\n---\n\n# Mine\n\n## Use\n\nAs you like.\n\n## Limits\n\n[More Information Needed]\n"
+    )
     model = from_folder("some-one/bert-base")
     for _ in range(2):
         model.save_pretrained(tmp_path)
         write_section(tmp_path / "README.md", RUN, "Twice.")
     text = (tmp_path / "README.md").read_text()
     assert "license: mit" in text
-    for piece in ("# Mine", "As you like.", "An AdaLoRA adapter", "Twice.", "- PEFT "):
+    for piece in ("# Mine", "As you like.", "Needed]", "An AdaLoRA adapter", "Twice.", "- PEFT "):
         assert text.count(piece) == 1, piece
 
 
