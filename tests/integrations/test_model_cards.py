@@ -57,9 +57,8 @@ def test_a_base_of_the_hub_stays_named(tmp_path):
 
 
 def test_a_card_of_the_owner_stays(tmp_path):
-    (tmp_path / "README.md").write_text(
-        "---\nlicense: mit\n---\n\n# Mine\n\n## Use\n\nAs you like.\n\n## Limits\n\n[More Information Needed]\n"
-    )
+    mine = "# Mine\n\n## Use\n\nAs you like.\n\n## Limits\n\n[More Information Needed]\n"
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n\n{mine}")
     model = from_folder("some-one/bert-base")
     for _ in range(2):
         model.save_pretrained(tmp_path)
