@@ -39,7 +39,7 @@ def test_deleting_the_adapter_under_training_takes_its_allocator_along():
     model.delete_adapter("default")
     assert model.base_model.rankallocator is None and not model.peft_config
     optimizer.step()  # nothing is called any more
-    assert torch.equal(logits(model.get_base_model()), logits(bert()))
+    assert torch.equal(logits(model.base_model.model), logits(bert()))
     with one_line(ValueError, "trainable"):
         model.base_model.update_and_allocate(0)
 
