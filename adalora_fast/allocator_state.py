@@ -28,7 +28,24 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
     itself.
     """
     here, statistics = allocator._here(), allocator._statistics
-    config = {
+    config = facts_of(allocator)
+    config["layers"] = {name: len(kept) for name, kept in allocator.rank_pattern().items()}
+    tensors = {
+        "mask": allocator._mask.to("cpu", copy=True),
+        "updates": statistics.updates.to("cpu", copy=True),
+    }
+    if not here.is_final:
+        for name, view in _statistic_views(allocator, statistics.whole()):
+            tensors[name] = view.to("cpu", copy=True)
+    for name, tensor in statistics.user_state.items():
+        tensors[f"user/{name}"] = tensor.to("cpu", copy=True)
+    return {"config": config, "tensors": tensors}
+
+
+def facts_of(allocator: "RankAllocator") -> dict[str, Any]:
+    """Position, budget, score and schedule as plain values."""
+    here = allocator._here()
+    return {
         "format": FORMAT,
         "t": here.t,
         "is_final": here.is_final,
@@ -44,18 +61,7 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
             name: getattr(allocator.schedule, name)
             for name in ("initial", "target", "tinit", "tfinal", "deltaT", "total_step")
         },
-        "layers": {name: len(kept) for name, kept in allocator.rank_pattern().items()},
     }
-    tensors = {
-        "mask": allocator._mask.to("cpu", copy=True),
-        "updates": statistics.updates.to("cpu", copy=True),
-    }
-    if not here.is_final:
-        for name, view in _statistic_views(allocator, statistics.whole()):
-            tensors[name] = view.to("cpu", copy=True)
-    for name, tensor in statistics.user_state.items():
-        tensors[f"user/{name}"] = tensor.to("cpu", copy=True)
-    return {"config": config, "tensors": tensors}
 
 
 def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
@@ -209,13 +215,25 @@ def is_sharded(allocator: "RankAllocator") -> bool:
     return shards_of(allocator.parameters()) is not None
 
 
-def write_state(allocator: "RankAllocator", folder: str | os.PathLike) -> Path:
+def write_state(
+    allocator: "RankAllocator", folder: str | os.PathLike, whole: dict[str, list[bool]] | None = None
+) -> Path:
     """Write the state to ``folder/adalora_allocator.safetensors``, whole or not at all; returns the path.
 
     Of sharded factors all processes must ask for it, and the first one writes.
+
+    Args:
+        allocator: whose.
+        folder: an existing one.
+        whole: by layer, the triplets that were kept, where the factors beside the state have all of them
+            and the allocator's layers were cut down.
     """
     path = Path(folder) / FILE_NAME
     state = allocator.state_dict()
+    if whole is not None:
+        masks = {name: torch.as_tensor(whole[name]).flatten() for name in allocator.layer_names}
+        state["config"]["layers"] = {name: len(kept) for name, kept in masks.items()}
+        state["tensors"]["mask"] = torch.cat(list(masks.values()))
     if is_sharded(allocator) and dist.get_rank() > 0:
         return path
     temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")

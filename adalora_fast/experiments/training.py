@@ -32,11 +32,12 @@ from adalora_fast.environment import write_json
 
 from .adapters import adapt, load_encoder, save_adapter
 from .allocation import check_budget, ranks_of, training_callbacks
+from .card import write_card
 from .families import FAMILIES, position_limit
 from .fusion import mean_weights
 from .progress import TrainingProgress
 from .recorder import Recorder
-from .runs import RunFolder, RunSettings, open_run, read_json
+from .runs import RunFolder, RunSettings, open_run, read_json, read_object
 from .workloads import Judged, Workload
 
 
@@ -139,6 +140,8 @@ def _train(
     }
     if trainer.is_world_process_zero():
         save_adapter(model, settings, folder.working / "adapter")
+        made_by = read_object(folder.working / "config.json")["environment"]
+        write_card(folder.working / "adapter", settings, result, made_by, ranks)
         write_json(folder.working / "ranks.json", {"init_r": settings.recipe.init_r, "ranks": ranks})
         save_predictions(judged, folder.working)
         if settings.method == "fusion":

@@ -3,23 +3,28 @@ at all.
 """
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft.utils import get_peft_model_state_dict
+from peft import AdaLoraConfig, PeftConfig
 
 from adalora_fast.allocator_state import (
     FILE_NAME,
     AllocatorState,
     check_state,
+    facts_of,
     is_sharded,
     read_state,
     write_state,
 )
+from adalora_fast.integrations.adapter_names import by_layer, only, tensors_of, without
 from adalora_fast.integrations.files import (
     CONFIG,
     FACTORS,
@@ -31,6 +36,7 @@ from adalora_fast.integrations.files import (
     read_tensors,
     weights_file,
 )
+from adalora_fast.integrations.model_card import CARD, TRAINED, finish_card, trained_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +56,12 @@ class Checkpoint:
         return None if shape is None else shape[0]
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, renamed: Callable[[str], str] = str) -> Checkpoint:
     """Read and judge everything that can be judged without the model.
+
+    Args:
+        folder: the adapter's.
+        renamed: what a key of the file is called in the model, both with PEFT's prefix.
 
     Raises:
         ValueError: a file is missing, damaged, a link that leaves the folder, or only a pickle is there.
@@ -59,12 +69,52 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     tensors = read_tensors(weights_file(folder))
     file_within(folder, FILE_NAME)
+    pattern = read_rank_pattern(config, tensors, folder)
     return Checkpoint(
         folder=folder,
-        shapes={key: tuple(tensor.shape) for key, tensor in tensors.items()},
-        rank_pattern=read_rank_pattern(config, tensors, folder),
-        state=read_state(folder),
+        shapes={renamed(key): tuple(tensor.shape) for key, tensor in tensors.items()},
+        rank_pattern=None if pattern is None else renamed_pattern(pattern, renamed),
+        state=renamed_state(read_state(folder), renamed),
     )
+
+
+def mapped_key(mapping: Mapping[str, str], key: str) -> str:
+    """A file's key after ``load_adapter(key_mapping=…)``: the first expression that is found in the key,
+    without PEFT's prefix, is replaced.
+    """
+    if not key.startswith(PREFIX):
+        return key
+    key = key.removeprefix(PREFIX)
+    replaced = (re.subn(pattern, replacement, key) for pattern, replacement in mapping.items())
+    return PREFIX + next((new for new, count in replaced if count), key)
+
+
+def renamed_pattern(pattern: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[str, Any]:
+    """A rank pattern for the layers' names in the model, under keys without an adapter's name."""
+    return {
+        renamed(f"{PREFIX}{layer}.lora_E").removeprefix(PREFIX): kept
+        for layer, kept in by_layer(pattern).items()
+    }
+
+
+def renamed_state(state: AllocatorState | None, renamed: Callable[[str], str]) -> AllocatorState | None:
+    """An allocator's state for the layers' names in the model."""
+    config = {} if state is None else state["config"]
+    if not isinstance(config, dict) or not isinstance(config.get("layers"), dict):
+        return state  # none, or a damaged one, which is judged later
+    names = {
+        layer: renamed(f"{PREFIX}{layer}.lora_E").removeprefix(PREFIX).removesuffix(".lora_E")
+        for layer in config["layers"]
+    }
+    tensors = {}
+    for key, tensor in state["tensors"].items():
+        statistic, slash, place = key.partition("/")
+        layer, dot, kind = place.rpartition(".")
+        if statistic != "user" and layer in names:
+            key = f"{statistic}{slash}{names[layer]}{dot}{kind}"
+        tensors[key] = tensor
+    layers = {names[layer]: rank for layer, rank in config["layers"].items()}
+    return {"config": {**config, "layers": layers}, "tensors": tensors}
 
 
 def check_checkpoint(checkpoint: Checkpoint, model, adapter: str) -> None:
@@ -74,9 +124,7 @@ def check_checkpoint(checkpoint: Checkpoint, model, adapter: str) -> None:
         ValueError: naming the first tensor that is missing or of another shape.
     """
     ranks = {}
-    for key, tensor in get_peft_model_state_dict(
-        model, adapter_name=adapter, save_embedding_layers=False
-    ).items():
+    for key, tensor in tensors_of(model, adapter).items():
         saved, here = checkpoint.shapes.get(key), tuple(tensor.shape)
         if saved is None:
             raise ValueError(f"{checkpoint.folder / WEIGHTS} lacks {key} {here}; it belongs to another model")
@@ -95,33 +143,78 @@ def check_checkpoint(checkpoint: Checkpoint, model, adapter: str) -> None:
 
 
 class WithAllocator:
-    """What ``fuse`` adds to a ``PeftModel``: ``save_pretrained`` and ``load_adapter`` that know the
-    allocator.
+    """What ``fuse`` adds to a ``PeftModel``: saving, loading, adding and deleting of adapters that know the
+    allocator, whatever the adapters are called.
     """
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        *args,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> None:
         """PEFT's, plus the allocator's state; written beside the target and moved into place at the end."""
+        adapters = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = next((name for name in adapters if name not in self.peft_config), None)
+        if unknown is not None:
+            raise ValueError(
+                f"there is no adapter {unknown!r} to save; choose from {', '.join(self.peft_config)}"
+            )
+        options = (save_embedding_layers, is_main_process, *args)
+
+        def write(place: str | os.PathLike) -> None:
+            for name in adapters:
+                with self.base_model.saving(name), only(self, name) as others:
+                    tensors = state_dict
+                    if others:
+                        tensors = without(others, self, self.state_dict() if tensors is None else tensors)
+                    super(WithAllocator, self).save_pretrained(
+                        place, safe_serialization, [name], *options, state_dict=tensors, **kwargs
+                    )
+
+        if not is_main_process:
+            return write(save_directory)
         tuner = self.base_model
         allocator = tuner.rankallocator
-        if allocator is None or not is_main_process:
-            return super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if allocator.t == 0 and tuner.was_trained() and not allocator.is_over:
+        if allocator is not None and allocator.t == 0 and tuner.was_trained() and not allocator.is_over:
             warnings.warn("saving an adapter that was trained without one allocator step", stacklevel=2)
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; give save_pretrained a folder")
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as place:
-            if (target / "README.md").is_file():
-                shutil.copy2(target / "README.md", place)  # PEFT updates a model card that is there
-            with tuner.saving():
-                super().save_pretrained(place, *args, **kwargs)
-            adapter = tuner.trainable_adapter_name
-            folder = Path(place) if adapter == "default" else Path(place) / adapter
+            if (target / CARD).is_file():
+                shutil.copy2(target / CARD, place)  # PEFT updates a model card that is there
+            write(place)
             # Not if the adapter is not among those that are saved; of a sharded one AdaLoraCallback does it.
-            if (folder / CONFIG).is_file() and not is_sharded(allocator):
-                write_state(allocator, folder)
+            if allocator is not None and not is_sharded(allocator):
+                adapter = tuner.trainable_adapter_name
+                folder = Path(place) if adapter == "default" else Path(place) / adapter
+                if (folder / CONFIG).is_file():
+                    write_state(allocator, folder, tuner.whole_pattern(adapter))
             move_files(Path(place), target)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's card, and what the allocator has chosen."""
+        super().create_or_update_model_card(output_dir)
+        allocator = self.base_model.rankallocator
+        if allocator is not None and not is_sharded(allocator):
+            section = trained_section(facts_of(allocator), allocator.ranks())
+            finish_card(Path(output_dir) / CARD, "AdaLoRA adapter", TRAINED, section)
+
+    def add_adapter(self, adapter_name: str, peft_config, *args, **kwargs) -> None:
+        """PEFT's; an adapter that is not for inference becomes the one under training."""
+        is_alone = not self.peft_config
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if is_alone:
+            self.active_adapter = adapter_name
+        if not peft_config.inference_mode:
+            self.base_model.train_adapter(adapter_name)
 
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
         """PEFT's, and the allocator's state if the checkpoint has one; whole and cut-down checkpoints both
@@ -131,15 +224,31 @@ class WithAllocator:
             ValueError: a file is missing, damaged or of another model; nothing was changed then.
         """
         tuner, folder = self.base_model, Path(str(model_id)) / (kwargs.get("subfolder") or "")
+        mapping = kwargs.get("key_mapping")
+        renamed = partial(mapped_key, mapping) if mapping else str
+        checkpoint = read_checkpoint(folder, renamed) if folder.is_dir() else None
+        new = adapter_name not in self.peft_config
         ours = tuner.rankallocator is not None and adapter_name == tuner.trainable_adapter_name
-        checkpoint = read_checkpoint(folder) if folder.is_dir() else None
-        if not ours or checkpoint is None:
-            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        check_checkpoint(checkpoint, self, adapter_name)
-        allocator, finished = tuner.rankallocator, checkpoint.rank_pattern is not None
-        state = None if finished else checkpoint.state
-        if state is not None:
-            check_state(state, allocator, {name: checkpoint.rank(name) for name in allocator.layer_names})
+        if checkpoint is None or not (ours or (new and is_trainable and tuner.rankallocator is None)):
+            with tuner.loading(renamed):
+                result = super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            if new and adapter_name == getattr(tuner, "trainable_adapter_name", None):  # from the hub
+                tuner.rankallocator.rebind(finished=tuner.peft_config[adapter_name].rank_pattern is not None)
+                tuner.remember_versions()
+            return result
+        if new:
+            self._add_for_training(adapter_name, folder, kwargs)
+        try:
+            check_checkpoint(checkpoint, self, adapter_name)
+            allocator, finished = tuner.rankallocator, checkpoint.rank_pattern is not None
+            state = None if finished else checkpoint.state
+            if state is not None:
+                ranks = {name: checkpoint.rank(name) for name in allocator.layer_names}
+                check_state(state, allocator, ranks)
+        except ValueError:
+            if new:
+                self.delete_adapter(adapter_name)
+            raise
         tuner.match_ranks(checkpoint)
         config = tuner.peft_config[adapter_name]
         config.rank_pattern = None  # the layers have their ranks, PEFT must not cut them again
@@ -156,6 +265,15 @@ class WithAllocator:
             )
         tuner.remember_versions()
         return result
+
+    def _add_for_training(self, adapter: str, folder: Path, options: dict[str, Any]) -> None:
+        """A fresh trainable adapter with the configuration in ``folder``."""
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        if isinstance(config, AdaLoraConfig):
+            config.rank_pattern = None
+        self.add_adapter(adapter, config, autocast_adapter_dtype=options.get("autocast_adapter_dtype", True))
+        self.set_requires_grad(adapter)
 
 
 def _warn_unfinished(saved: dict[str, Any]) -> None:

@@ -4,18 +4,22 @@ import copy
 import os
 import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adalora_fast.allocator import RankAllocator
+from adalora_fast.allocator_state import facts_of, read_state
+from adalora_fast.integrations.adapter_names import tensors_of
 from adalora_fast.integrations.checkpoints import move_files
+from adalora_fast.integrations.exported import LoraModel, exported_class, own_trained_tensors
 from adalora_fast.integrations.files import (
     CONFIG,
     PREFIX,
@@ -27,34 +31,19 @@ from adalora_fast.integrations.files import (
     weights_file,
 )
 from adalora_fast.integrations.layers import adapter_layers
-from adalora_fast.integrations.model_card import CARD, new_card, write_ranks
+from adalora_fast.integrations.model_card import (
+    CARD,
+    EXPORTED,
+    RUN,
+    exported_section,
+    new_card,
+    section_of,
+    write_section,
+)
 from adalora_fast.integrations.peft import FusedAdaLoraModel
 from adalora_fast.integrations.plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
 from adalora_fast.integrations.scales import peft_scale
 from adalora_fast.nn import AdaLoraLinear
-
-
-class WithRanks:
-    """What ``to_lora`` adds to a ``PeftModel``: its model card says where the adapter came from."""
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's card, and the ranks."""
-        super().create_or_update_model_card(output_dir)
-        write_ranks(Path(output_dir) / CARD, self.adalora_ranks)
-
-
-@cache
-def _exported_class(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"Exported{cls.__name__}", (WithRanks, cls), {"__module__": __name__})
-
-
-def __getattr__(name: str):
-    """The classes made by ``to_lora`` by name, so that a model can be copied and pickled by its owner."""
-    if name.startswith("ExportedPeftModel"):
-        import peft
-
-        return _exported_class(getattr(peft, name.removeprefix("Exported")))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None = None) -> PeftModel:
@@ -81,20 +70,50 @@ def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None
     """
     if isinstance(model, PeftModel):
         plain, base = _from_peft(model, adapter_name, uniform)
+        allocator = _allocator_of(model.base_model, adapter_name)
     else:
         plain, base = _from_native(model, uniform)
+        allocator = model.__dict__.get("rankallocator")
     mode = base.training
-    lora = get_peft_model(base, plain.config)
-    unloaded = set_peft_model_state_dict(lora, plain.tensors).unexpected_keys
-    lost = next((key for key in unloaded if ".lora_" in key), None)
-    if lost is not None:
-        raise ValueError(f"PEFT made no LoRA layer for {lost}; adapt plain layers under unique names")
+    # The layers of the model in memory are replicated already; of the one that loads the files they are not.
+    lora = get_peft_model(base, replace(plain.config, layer_replication=None))
+    _check_tensors(lora, plain.tensors)
+    own_trained_tensors(lora)
+    set_peft_model_state_dict(lora, plain.tensors)
     config = lora.peft_config["default"]
+    config.layer_replication = plain.config.layer_replication
     if config.modules_to_save:  # PEFT appends a task's heads once more
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    lora.__class__ = _exported_class(type(lora))
+    lora.base_model.__class__ = LoraModel
+    lora.__class__ = exported_class(type(lora))
     lora.adalora_ranks = plain.ranks
+    lora.adalora_facts = None if allocator is None else facts_of(allocator)
     return lora.train(mode)
+
+
+def _check_tensors(lora: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Every tensor of the adapter has its own place in the new model, and every place its tensor.
+
+    Raises:
+        ValueError: naming the first that has not.
+    """
+    places = get_peft_model_state_dict(lora, save_embedding_layers=False)
+    for key, tensor in tensors.items():
+        if key not in places:
+            raise ValueError(
+                f"PEFT made no place for {key} in the LoRA model; adapt plain layers under unique names"
+            )
+        if places[key].shape != tensor.shape:
+            raise ValueError(
+                f"PEFT made {key} {tuple(places[key].shape)} in the LoRA model, not {tuple(tensor.shape)}; "
+                "adapt plain layers under unique names"
+            )
+    for key in places:
+        if key not in tensors:
+            raise ValueError(
+                f"PEFT made {key} in the LoRA model, which the adapter does not have; adapt plain layers "
+                "under unique names"
+            )
 
 
 def export_folder(
@@ -133,22 +152,33 @@ def export_folder(
     if base is not None:
         plain = replace(plain, config=replace(plain.config, base_model_name_or_path=base))
     try:
-        _write(plain, out)
+        _write(plain, out, folder)
     except OSError as error:
         raise OSError(f"cannot write to {out} ({error.strerror or error}); choose another folder") from error
     return plain
 
 
-def _write(plain: PlainLora, out: Path) -> None:
+def _write(plain: PlainLora, out: Path, folder: Path) -> None:
     """All files, or none of them."""
+    state, run = read_state(folder), section_of(folder / CARD, RUN)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as name:
         place = Path(name)
         save_file(plain.tensors, place / WEIGHTS, metadata={"format": "pt"})
         replace(plain.config, inference_mode=True).save_pretrained(place)
         new_card(place / CARD, plain.config.base_model_name_or_path)
-        write_ranks(place / CARD, plain.ranks)
+        section = exported_section(None if state is None else state["config"], plain.ranks)
+        write_section(place / CARD, EXPORTED, section)
+        if run is not None:
+            write_section(place / CARD, RUN, run)
         move_files(place, out)
+
+
+def _allocator_of(tuner: AdaLoraModel, adapter: str | None) -> RankAllocator | None:
+    """The allocator of this adapter, if the model is fused and has one."""
+    if not isinstance(tuner, FusedAdaLoraModel):
+        return None
+    return tuner.rankallocator if adapter in (None, tuner.__dict__.get("trainable_adapter_name")) else None
 
 
 def _from_peft(model: PeftModel, adapter: str | None, uniform: bool) -> tuple[PlainLora, nn.Module]:
@@ -172,9 +202,7 @@ def _from_peft(model: PeftModel, adapter: str | None, uniform: bool) -> tuple[Pl
     config = model.peft_config[adapter]
     before, config.rank_pattern = config.rank_pattern, None  # whole tensors: PEFT cuts its own keys otherwise
     try:
-        tensors = get_peft_model_state_dict(
-            model, model.state_dict(), adapter_name=adapter, save_embedding_layers=False
-        )
+        tensors = tensors_of(model, adapter)
     finally:
         config.rank_pattern = before
     tensors = {key: tensor.detach() for key, tensor in tensors.items()}
@@ -251,6 +279,9 @@ def _from_native(model: nn.Module, uniform: bool) -> tuple[PlainLora, nn.Module]
 def _without_adapters(model: nn.Module) -> nn.Module:
     """A copy of the module tree on the same tensors, with plain layers in place of adapted ones."""
     memo = {id(buffer): buffer for buffer in model.buffers()}
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # training changes its running statistics
+            memo |= {id(buffer): buffer.clone() for buffer in module.buffers(recurse=False)}
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = (

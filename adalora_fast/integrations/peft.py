@@ -1,6 +1,5 @@
 """``fuse``: a PEFT AdaLoRA model made fast and correct in place; same state dict, checkpoints, methods."""
 
-import contextlib
 import warnings
 from functools import cache
 
@@ -13,10 +12,10 @@ from torch import nn
 from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
 from adalora_fast.allocator_state import is_sharded
 from adalora_fast.distributed import all_finite, refuse_emptied, whole
-from adalora_fast.integrations.checkpoints import Checkpoint, WithAllocator
+from adalora_fast.integrations.adapters import WithAdapters, check_names
+from adalora_fast.integrations.checkpoints import WithAllocator
 from adalora_fast.integrations.heads import warn_of_untrained_heads
 from adalora_fast.integrations.layers import (
-    FusedLayer,
     adapter_layers,
     factor_finders,
     fuse_layer,
@@ -32,7 +31,7 @@ from adalora_fast.shards import shards_of
 FORGOTTEN_AFTER = 100  # optimizer steps without one allocator step
 
 
-class FusedAdaLoraModel(AdaLoraModel):
+class FusedAdaLoraModel(WithAdapters):
     """PEFT's AdaLoRA tuner with the fused layers, the closed-form regulariser and :class:`RankAllocator`."""
 
     def forward(self, *args, **kwargs):
@@ -169,63 +168,6 @@ class FusedAdaLoraModel(AdaLoraModel):
             **self.allocator_settings,
         )
 
-    def peft_rank_pattern(self) -> dict[str, list[bool]]:
-        """The rank pattern under PEFT's keys."""
-        adapter = self.trainable_adapter_name
-        return {f"{name}.lora_E.{adapter}": kept for name, kept in self.rankallocator.rank_pattern().items()}
-
-    @contextlib.contextmanager
-    def saving(self):
-        """While a finished run is saved its config holds the pattern, so that PEFT drops the pruned triplets.
-
-        In memory it is None: a checkpoint from the middle of a run must keep whole tensors. (Once the layers
-        themselves were cut down, by loading such a checkpoint, it is the pattern they were cut by.)
-        """
-        config = self.peft_config[self.trainable_adapter_name]
-        before = config.rank_pattern, config.inference_mode
-        if config.rank_pattern is None and self.rankallocator.is_over:
-            config.rank_pattern = self.peft_rank_pattern()
-        try:
-            with warnings.catch_warnings():
-                # rank 0 is meant
-                warnings.filterwarnings("ignore", message=".*LoRA tensor.s. have invalid shape.*")
-                yield
-        finally:
-            config.rank_pattern, config.inference_mode = before
-
-    def match_ranks(self, checkpoint: Checkpoint) -> None:
-        """Give every layer the rank it has in the checkpoint, before PEFT copies the weights."""
-        adapter = self.trainable_adapter_name
-        resized = {
-            name: checkpoint.rank(name)
-            for name, layer in adapter_layers(self.model).items()
-            if adapter in layer.lora_A and checkpoint.rank(name) != layer.lora_A[adapter].shape[0]
-        }
-        for name in resized:
-            layer = self.model.get_submodule(name)
-            if not isinstance(layer, FusedLayer):
-                raise ValueError(
-                    f"{name} ({type(layer).__name__}) cannot change its rank; load into a new model"
-                )
-        for name, rank in resized.items():
-            self.model.get_submodule(name).resize(adapter, rank, self.peft_config[adapter])
-        set_scales(adapter_layers(self.model), self.peft_config[adapter], adapter)
-
-    def resize_modules_by_rank_pattern(self, rank_pattern: dict, adapter_name: str) -> None:
-        """PEFT's, with the scale of the initial rank kept in every layer, also where no triplet is left."""
-        super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
-        set_scales(adapter_layers(self.model), self.peft_config[adapter_name], adapter_name)
-        self.restore_ranknum(rank_pattern, adapter_name)
-
-    def restore_ranknum(self, rank_pattern: dict, adapter_name: str) -> None:
-        """The scale's rank is the initial one: the length of a layer's pattern (PEFT forgets it at rank
-        0).
-        """
-        for key, kept in rank_pattern.items():
-            layer = self.model.get_submodule(key.partition(".lora_E")[0])
-            if isinstance(layer, FusedLayer):
-                layer.set_ranknum(adapter_name, len(kept))
-
 
 class _AroundTheTuner:
     """Without a ``task_type`` PEFT's model calls the base model itself, around its tuner."""
@@ -290,6 +232,7 @@ def fuse(
         raise ValueError(f"orth_penalty {orth_penalty!r} is not one of {PENALTIES}")
     for settings in tuner.peft_config.values():
         check_scales(settings)
+    check_names(tuner.model, tuner.peft_config)
     adapter = getattr(tuner, "trainable_adapter_name", None)
     config = tuner.peft_config.get(adapter)
     pattern, finished = None, False
@@ -299,9 +242,9 @@ def fuse(
         finished = pattern is not None and _is_finished(tuner, adapter)
     previous = getattr(tuner, "rankallocator", None)
     tuner.rankallocator = None
+    settings = {"score": score, "smoothing": smoothing, "score_gradient": score_gradient}
+    tuner.allocator_settings = settings
     if config is not None:
-        settings = {"score": score, "smoothing": smoothing, "score_gradient": score_gradient}
-        tuner.allocator_settings = settings
         try:
             FusedAdaLoraModel.make_allocator(tuner, finished=finished)
         except (ValueError, TypeError):

@@ -7,6 +7,7 @@ With λ = E, c = α / (ranknum + 1e-5) and the kept triplets i of one layer:
 so that LoRA's own scale, alpha / r, is 1 in every layer: r = alpha, globally and in every pattern.
 """
 
+import contextlib
 import math
 import re
 import warnings
@@ -19,23 +20,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from adalora_fast.integrations.files import FACTORS, PREFIX, adapted_in, check_numbers
-
-SETTINGS = (  # what a LoRA adapter takes over from an AdaLoRA one
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "inference_mode",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "trainable_token_indices",
-    "bias",
-    "fan_in_fan_out",
-    "lora_dropout",
-)
+from adalora_fast.integrations.lora_settings import carried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +35,17 @@ class PlainLora:
 def scale_of(settings: Mapping[str, Any]) -> float:
     """c = α / (init_r + 1e-5) of an adapter's settings (``ranknum`` stays at ``init_r`` after pruning).
 
+    PEFT takes init_r for an α that is not positive.
+
     Raises:
-        ValueError: one of the two is no positive, finite number.
+        ValueError: one of the two is not a finite number, or init_r is not positive.
     """
-    values = {name: settings.get(name) for name in ("lora_alpha", "init_r")}
-    for name, value in values.items():
+    alpha, init_r = settings.get("lora_alpha"), settings.get("init_r")
+    for name, value in (("lora_alpha", alpha), ("init_r", init_r)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
+        if not number or not math.isfinite(value) or (name == "init_r" and value <= 0):
             raise ValueError(f"the adapter's {name} is {value!r}, not a positive number; restore its config")
-    return values["lora_alpha"] / (values["init_r"] + 1e-5)
+    return (alpha if alpha > 0 else init_r) / (init_r + 1e-5)
 
 
 def convert(
@@ -79,7 +66,7 @@ def convert(
     Args:
         tensors: as PEFT stores them: ``base_model.model.<layer>.lora_A`` [r, in], ``.lora_E`` [r, 1],
             ``.lora_B`` [out, r]; others (``modules_to_save``) pass through.
-        settings: the adapter's configuration; :data:`SETTINGS` are taken over.
+        settings: the adapter's configuration; what becomes of each is the table of ``lora_settings``.
         scales: c of every layer.
         masks: which triplets of a layer are kept, for layers whose tensors are whole.
         uniform: pad every layer with zeros to the largest rank, instead of ragged ranks.
@@ -132,7 +119,7 @@ def _lora_config(settings: Mapping[str, Any], ranks: dict[str, int], r: int, uni
     """
     pattern = {} if uniform else _rank_pattern(ranks, r)
     empty = [] if uniform else [name for name, rank in ranks.items() if rank == 0]
-    taken = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    taken = carried(settings)
     if empty and taken.get("bias", "none") != "none":
         raise ValueError(
             f"bias is {taken['bias']!r}, and {empty[0]} has no triplet left: without an adapter PEFT would "
@@ -178,11 +165,16 @@ def is_suffix(name: str, names: Iterable[str]) -> bool:
 
 def _rank_pattern(ranks: dict[str, int], r: int) -> dict[str, int]:
     """The layers whose rank is not ``r``. Names are plain, as servers and old versions of PEFT read them."""
-    return {
-        f"^{name}" if is_suffix(name, ranks) else name: rank
-        for name, rank in ranks.items()
-        if rank not in (0, r)
-    }
+    return {_pattern_key(name, ranks): rank for name, rank in ranks.items() if rank not in (0, r)}
+
+
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """An expression that PEFT, which also matches the end of a name, finds in ``name`` and in no other."""
+    with contextlib.suppress(re.error):
+        expression = re.compile(rf"(.*\.)?({name})$")
+        if all((other == name) == bool(expression.match(other)) for other in names):
+            return name
+    return f"^{re.escape(name)}"
 
 
 def _excluding(before: str | Iterable[str] | None, names: list[str]) -> str:

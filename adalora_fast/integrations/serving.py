@@ -1,4 +1,4 @@
-"""What keeps a LoRA adapter from being served: the rules of vLLM, SGLang and TGI as data (docs/export.md)."""
+"""What keeps a LoRA adapter from being served: the rules of those who load PEFT's files (docs/export.md)."""
 
 import os
 from collections.abc import Mapping
@@ -11,6 +11,9 @@ from peft.utils import get_peft_model_state_dict
 from adalora_fast.integrations.files import PREFIX, read_config, read_tensors, weights_file
 
 SERVERS = ("vllm", "sglang", "tgi")
+# They scale every layer by lora_alpha / (the rank of its tensors), whatever the patterns say.
+OWN_RANK = ("llama.cpp", "diffusers<0.42")
+READERS = (*SERVERS, *OWN_RANK)
 KEY_ENDS = (".lora_A.weight", ".lora_B.weight")
 # They copy or stack the factors of all layers at the rank r of the configuration.
 ONE_RANK = ("sglang", "tgi")
@@ -25,11 +28,13 @@ def servable(
 
     Args:
         adapter: what :func:`adalora_fast.to_lora` returned, any PEFT LoRA model, or a saved adapter's folder.
-        max_lora_rank: the bound the server is started with (16 is vLLM's default).
+        max_lora_rank: the bound the server is started with (16 is vLLM's default); the last two have none.
         adapter_name: which adapter of a model.
 
     Returns:
-        ``{"vllm": [...], "sglang": [...], "tgi": [...]}``, one line for each reason.
+        ``{"vllm": [...], "sglang": [...], "tgi": [...], "llama.cpp": [...], "diffusers<0.42": [...]}``, one
+        line for each reason. ``"llama.cpp"`` is its ``convert_lora_to_gguf.py`` and what the result computes,
+        ``"diffusers<0.42"`` the pipelines' ``load_lora_weights``.
 
     Raises:
         ValueError: the folder is damaged or unsafe.
@@ -43,9 +48,11 @@ def servable(
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     common = _common(config, shapes)
     bounded = _too_large(config, shapes, max_lora_rank)
-    reasons = {server: [*common, *bounded] for server in SERVERS}
+    reasons = {reader: [*common, *(bounded if reader in SERVERS else [])] for reader in READERS}
     for server in ONE_RANK:
         reasons[server] += _ragged(config, shapes)
+    for reader in OWN_RANK:
+        reasons[reader] += _scaled_otherwise(config, shapes)
     return reasons
 
 
@@ -85,6 +92,18 @@ def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 def _too_large(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], bound: int) -> list[str]:
     largest = max([config.get("r") or 0, *_ranks(shapes).values()])
     return [f"rank {largest} is above max_lora_rank {bound}"] if largest > bound else []
+
+
+def _scaled_otherwise(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The layer that lora_alpha / (its own rank) scales most wrongly; the right scale is lora_alpha / r."""
+    ranks, r = _ranks(shapes), config.get("r") or 0
+    key = max(ranks, key=lambda key: abs(r - ranks[key]), default=None)
+    if key is None or ranks[key] == r:
+        return []
+    return [
+        f"{key} of rank {ranks[key]} would be scaled by lora_alpha / {ranks[key]} instead of lora_alpha / "
+        f"{r}; export with uniform=True"
+    ]
 
 
 def _ragged(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
