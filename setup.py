@@ -3,16 +3,19 @@
 The libraries use PyTorch's stable ABI and no Python headers. They are built where a C++ compiler and an
 installed PyTorch are found (pip's isolated build environment has none: then the one of the environment that
 is installed into). Nothing is ever downloaded for the build, and where it is not possible the installation
-succeeds without it: `python -m adalora_fast` says so, and the package works in plain PyTorch.
+succeeds without it, and the package works in plain PyTorch. pip hides what a successful installation prints,
+so the reason is also written where the library would be, and `python -m adalora_fast` shows it.
 
     ADALORA_FAST_BUILD_CUDA=0|1   leave the CUDA part out, or insist on it (default: where nvcc and a CUDA
                                   PyTorch are found)
     ADALORA_FAST_STRICT_BUILD=1   a warning is an error, and so is a build that is not possible
 """
 
+import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from importlib.util import find_spec
@@ -78,20 +81,39 @@ class Build(build_ext):
     """Runs the compilers directly: what it runs is what it prints."""
 
     def run(self) -> None:
+        self.outcome: dict[str, str | None] = {}  # library → why it was not built
         reason = cuda_refusal(installed_torch())
         if reason is not None:
             print(f"adalora_fast: adalora_fast._C_cuda is not built: {reason}", file=sys.stderr)
+            self.outcome["_C_cuda"] = reason
         super().run()
+        in_place = self.inplace or self.editable_mode
+        for library, reason in self.outcome.items():
+            for folder in (Path(self.build_lib), *([ROOT] if in_place else [])):
+                leave_note(folder / "adalora_fast", library, reason)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         newest = max((ROOT / path).stat().st_mtime for path in (*ext.sources, *ext.depends))
         if target.exists() and target.stat().st_mtime > newest and not self.force:
             return
+        library = ext.name.rpartition(".")[2]
         try:
             self._compile(ext, target)
+            self.outcome[library] = None
         except (OSError, BaseError) as error:
+            self.outcome[library] = str(error)
             refuse(f"{ext.name} was not built: {error}")
+
+    def _run(self, command: list[str]) -> None:
+        self.announce(" ".join(command), level=logging.INFO)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        output = done.stdout.decode(errors="replace")
+        sys.stderr.write(output)
+        if done.returncode != 0:
+            lines = output.split("\n")
+            error = next((line.strip() for line in lines if "error" in line.lower()), lines[0].strip())
+            raise OSError(f"{command[0]} ended with {done.returncode}{': ' if error else ''}{error}")
 
     def _compile(self, ext: Extension, target: Path) -> None:
         torch = installed_torch()
@@ -107,13 +129,25 @@ class Build(build_ext):
         for source in ext.sources:
             output = Path(self.build_temp) / ext.name / f"{Path(source).stem}.o"
             output.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([*compile_, "-isystem", str(torch / "include"), "-c", source, "-o", str(output)])
+            self._run([*compile_, "-isystem", str(torch / "include"), "-c", source, "-o", str(output)])
             objects.append(str(output))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")  # a broken link never looks like a library
-        self.spawn([*link, "-shared", *objects, *undefined, f"-L{torch / 'lib'}",
+        self._run([*link, "-shared", *objects, *undefined, f"-L{torch / 'lib'}",
                     *(f"-l{name}" for name in libraries), "-o", str(partial)])  # fmt: skip
         partial.replace(target)
+
+
+def leave_note(package: Path, library: str, reason: str | None) -> None:
+    """Why a library is not there, in its place; a library of older sources goes."""
+    note = package / f"{library}.not-built.txt"
+    if reason is None:
+        note.unlink(missing_ok=True)
+        return
+    for old in package.glob(f"{library}.*so"):
+        old.unlink()
+    package.mkdir(parents=True, exist_ok=True)
+    note.write_text(reason + "\n", encoding="utf-8")
 
 
 def refuse(reason: str) -> None:

@@ -23,6 +23,10 @@ def refusal(library: str) -> str | None:
             return refusal("_C")
     found = sorted(PACKAGE.glob(f"{library}.*so"))
     if not found:
+        note = PACKAGE / f"{library}.not-built.txt"  # setup.py leaves it
+        if note.is_file():
+            reason = note.read_text(encoding="utf-8").strip()
+            return f"the extension adalora_fast.{library} is not built: {reason} (docs/native.md)"
         return f"the extension adalora_fast.{library} is not built; {BUILD}"
     try:
         torch.ops.load_library(found[0])

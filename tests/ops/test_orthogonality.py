@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from adalora_fast.ops import orthogonality
 from adalora_fast.ops.orthogonality import gradients
+from tests.ops.properties import example, given, settings, st
 from tests.tolerances import RelativeRule, assert_accurate
 
 PENALTIES = ("fro", "squared")
