@@ -14,7 +14,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
+.PHONY: help venv build demo test compat peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -50,6 +50,12 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS ?= 1
 test: $(NATIVE) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" for pytest, WORKERS=2 processes)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+
+# Not in continuous integration: an environment per version of PyTorch takes gigabytes.
+compat: export HF_HUB_OFFLINE = 1
+compat: export OMP_NUM_THREADS ?= 1
+compat: ## run the tests that another PyTorch can break, in an environment of its own (TORCH=2.11.0)
+	$(PYTHON) -m tests.compat --torch $(TORCH) $(ARGS)
 
 # PEFT's source distribution carries its tests; they and what they import come from the package index, once.
 peft-suite: export OMP_NUM_THREADS ?= 1
@@ -108,5 +114,5 @@ clean: ## remove caches and builds
 	rm -rf adalora_fast/*.so $(NATIVE) build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove the environment too
-	rm -rf $(VENV)
+distclean: clean ## remove the environments too
+	rm -rf $(VENV) .venv-*

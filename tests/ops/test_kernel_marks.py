@@ -1,4 +1,4 @@
-"""Every test that launches a kernel is marked ``gpu`` where there is a GPU: ``pytest -m gpu`` runs it there."""
+"""Every test that launches a kernel is marked ``gpu`` where there is a GPU, for ``pytest -m gpu`` there."""
 
 import ast
 import os
