@@ -92,7 +92,7 @@ def parts(folder: Path, dry: bool = False, compiled: bool = True) -> list[Part]:
         Part(name="capture", what="whether captured steps equal eager ones", seconds=50, refusal=only_gpu,
              command=python("-m", "benchmarks.capture", "--json", str(folder / "proof.json"))),
         Part(name="launches", what="launches of what was timed, in a profiler", seconds=60,
-             command=timings("--launches", "--no-compiled")),
+             command=timings("--launches", "--no-compiled"), environment=environment),
         timing("rest", "every other case", REST, "--no-compiled"),
         gate("slow", 120),
     ]  # fmt: skip

@@ -159,8 +159,7 @@ def test_only_the_compiled_part_has_compiled_peers():
 
 def test_tuned_plans_are_those_of_the_folder():
     timed = [one for one in gpu.parts(Path("/out")) if "benchmarks.timings" in one.command]
-    used = [one for one in timed if one.name != "launches"]
-    assert len(used) == 4
+    assert len(timed) == 5
     assert all(one.environment == {"ADALORA_FAST_TUNED": "/out/tuned"} for one in timed)
 
 
@@ -190,7 +189,7 @@ def test_the_list():
 def test_a_dry_run(tmp_path):
     chosen = ("--parts", "graph", "gate-allocation", "tuning", "bookkeeping")
     done = command("--dry-run", "--output", str(tmp_path), *chosen)
-    assert done.returncode == 1, done.stdout + done.stderr  # without a GPU no kernel test has the mark
+    assert done.returncode == 0, done.stdout + done.stderr
     saved = {one["name"]: one["verdict"] for one in json.loads((tmp_path / "plan.json").read_text())}
     assert saved["graph"] == "done" and saved["tuning"] == "not run" and saved["bookkeeping"] == "done"
     figures = json.loads((tmp_path / "graph.json").read_text())["contestants"]
