@@ -15,7 +15,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dist demo test test-newest peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
+.PHONY: help venv build dist demo test test-newest compat peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -64,6 +64,12 @@ test-newest: $(NATIVE) ## run the tests on the newest versions of everything (NE
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m $(INSTALL) --upgrade --upgrade-strategy eager $(NEWEST) -e '.[demo,experiments,quantized,cluster,dev]'
 	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+
+# Not in continuous integration: an environment per version of PyTorch takes gigabytes.
+compat: export HF_HUB_OFFLINE = 1
+compat: export OMP_NUM_THREADS ?= 1
+compat: ## run the tests that another PyTorch can break, in an environment of its own (TORCH=2.11.0)
+	$(PYTHON) -m tests.compat --torch $(TORCH) $(ARGS)
 
 # PEFT's source distribution carries its tests; they and what they import come from the package index, once.
 peft-suite: export OMP_NUM_THREADS ?= 1
@@ -122,5 +128,5 @@ clean: ## remove caches and builds
 	rm -rf adalora_fast/*.so $(NATIVE) build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove the environment too
-	rm -rf $(VENV)
+distclean: clean ## remove the environments too
+	rm -rf $(VENV) .venv-*

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import runner
+from benchmarks.digest import ROOT
 
 DEVICE = torch.device("cpu")
 
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         cases = runner.plan(scale, DEVICE, arguments.only)
         results, path = runner.open_results(
-            runner.new_results(DEVICE, scale), arguments.output, runner.ROOT / "benchmarks/results/cpu"
+            runner.new_results(DEVICE, scale), arguments.output, ROOT / "benchmarks/results/cpu"
         )
     except ValueError as error:
         sys.exit(f"{parser.prog}: {error}")

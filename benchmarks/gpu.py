@@ -1,105 +1,154 @@
-"""Everything there is to measure on a GPU, in one command that ends inside nine minutes.
+"""Ten minutes on a GPU, in one command: a plan of parts, the most valuable first, none of which blocks the
+next.
 
-    python benchmarks/gpu.py [--quick] [--only SUITE ...] [--minutes 9] [--rounds 20] [--output FILE]
-                             [--skip-gate] [--dry-run]
+    python benchmarks/gpu.py [--output FOLDER] [--minutes 9.5] [--parts NAME ...] [--skip NAME ...]
+                             [--no-compiled] [--list] [--dry-run]
 
-In this order: what the device can do at best; the correctness tests, without which nothing is timed; every
-suite, the most important cases first; a table. The file of results is written after every case, and the same
-command on the same code goes on with what there was no time for. ``--dry-run`` walks through all of it on a
-CPU with tiny sizes, kernels in Triton's interpreter, and writes nothing unless ``--output`` says where.
+Each part is a process with a limit and a log of its own (benchmarks/plan.py). Everything is written below
+FOLDER (default: runs/gpu-<date>-<code>): results.json (all timings), step.json and graph.json (a whole
+step), gate-OP.json (the correctness tests of an op, without which ours is not timed), tuned/ (plans of this
+GPU), proof.json (captured steps), plan.json (how far the plan is), and the logs. The same command with the
+same folder goes on with timings that there was no time for. ``--dry-run`` walks through the plan on a CPU
+at tiny sizes.
 
-Needs PyTorch, Triton, transformers, PEFT and pytest (with hypothesis the correctness tests are a few more).
-Exits with 1 where a test failed, with 2 without a GPU.
+Exits with 0 where every part is done, with 1 where one failed or had no time, with 2 without a GPU.
 """
 
 import argparse
 import os
 import sys
-import time
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from benchmarks import runner
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # as a script: the repository is searched for modules, this folder is not
     sys.path[0] = str(ROOT)
 
-GATE_SHARE = 0.5  # of the minutes that the tests may take
+from benchmarks import plan  # noqa: E402
+from benchmarks.digest import code_digest  # noqa: E402
+from benchmarks.plan import Part, python  # noqa: E402
+
+MINUTES = 9.5
+NEEDS_GPU = "it needs a GPU"
+SHAPES = ("768x768", "768x3072", "3072x768", "3072x3072")
+REST = 3600.0  # the last parts take what time is left
+GATES = {"adapter": 120, "importance": 40, "orthogonality": 40, "allocation": 30, "steps": 30}  # seconds
+MACHINE = """
+import shutil, subprocess, sys
+if {gpu}:
+    subprocess.run(["nvidia-smi"], check=False)
+    subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], check=False)
+from adalora_fast.__main__ import main
+main()
+from adalora_fast.ops import native
+reasons = [native.refusal("_C")]
+if {gpu} and shutil.which("nvcc"):
+    reasons.append(native.refusal("_C_cuda"))
+sys.exit("; ".join(filter(None, reasons)) or 0)
+"""
+
+
+def parts(folder: Path, dry: bool = False, compiled: bool = True) -> list[Part]:
+    """The plan, in the order of worth."""
+    results, tuned = folder / "results.json", folder / "tuned"
+    tiny, walked = (("--tiny", "--rounds", "2"), ("--dry-run",)) if dry else ((), ())
+    only_gpu = NEEDS_GPU if dry else None
+    environment = {"ADALORA_FAST_TUNED": str(tuned)}
+
+    def step(*options: str) -> list[str]:
+        return python("-m", "benchmarks.whole_step", *options, *tiny)
+
+    def timings(*options: str) -> list[str]:
+        fixed = ("--output", str(results), "--minutes", "{minutes}")
+        return python("-m", "benchmarks.timings", *fixed, *options, *walked)
+
+    def gate(group: str, seconds: float) -> Part:
+        options = ("--output", str(folder), "--seconds", "{seconds}", *walked)
+        what = f"correctness tests of {group}" if group != "slow" else "correctness tests that take long"
+        return Part(
+            name=f"gate-{group}", what=what, seconds=seconds,
+            command=python("-m", "benchmarks.gate", group, *options),
+        )  # fmt: skip
+
+    def timing(name: str, what: str, seconds: float, *options: str) -> Part:
+        command = timings(*options)
+        return Part(name=name, what=what, seconds=seconds, command=command, environment=environment)
+
+    listed = [
+        Part(name="machine", what="the device; the C++ and CUDA kernels are built", seconds=60,
+             command=python("-c", MACHINE.format(gpu=not dry))),
+        Part(name="step", what="a whole training step, eager", seconds=100,
+             command=step("--output", str(folder / "step.json"))),
+        Part(name="graph", what="the same step as one CUDA graph", seconds=90,
+             command=step("--graph", "--output", str(folder / "graph.json"))),
+        *(gate(op, seconds) for op, seconds in GATES.items()),
+        Part(name="tuning", what="the fastest plans of the four layers", seconds=100, refusal=only_gpu,
+             command=python("-m", "adalora_fast.ops.adapter.tuning", "--shapes", *SHAPES, "--rows", "4096",
+                            "--ranks", "16", "--folder", str(tuned))),
+        timing("goals", "the layers that the goals speak of", 100,
+               "--only", "adapter", "--goals", "--no-compiled"),
+        timing("bookkeeping", "importance, orthogonality, allocation", 60,
+               "--only", "importance", "orthogonality", "allocation", "--no-compiled"),
+        Part(name="capture", what="whether captured steps equal eager ones", seconds=50, refusal=only_gpu,
+             command=python("-m", "benchmarks.capture", "--json", str(folder / "proof.json"))),
+        Part(name="launches", what="launches of what was timed, in a profiler", seconds=60,
+             command=timings("--launches", "--no-compiled"), environment=environment),
+        timing("rest", "every other case", REST, "--no-compiled"),
+        gate("slow", 120),
+    ]  # fmt: skip
+    if compiled:
+        listed.append(timing("compiled", "compiled peers", REST, "--compiled-only"))
+    return listed
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases of every kind")
-    parser.add_argument("--only", nargs="+", metavar="SUITE", default=(), help="these suites alone")
-    parser.add_argument("--minutes", type=float, default=9.0, help="the time there is (default 9)")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each contestant (default 20; dry run: 2)")
-    parser.add_argument("--output", type=Path, help="the file of results, instead of one named by the date")
-    parser.add_argument("--skip-gate", action="store_true", help="do not run the correctness tests first")
+    parser.add_argument("--output", type=Path, help="folder of everything that is written")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"the time there is (default {MINUTES})"
+    )
+    parser.add_argument("--parts", nargs="+", metavar="NAME", default=(), help="these parts alone")
+    parser.add_argument("--skip", nargs="+", metavar="NAME", default=(), help="all but these parts")
+    parser.add_argument("--no-compiled", action="store_true", help="leave compiled peers out")
+    parser.add_argument("--list", action="store_true", help="show the parts, run none")
     parser.add_argument("--dry-run", action="store_true", help="walk the plan on a CPU with tiny sizes")
     return parser.parse_args()
 
 
-def main() -> int:
-    began = time.monotonic()
-    arguments = _arguments()
-    if arguments.dry_run:  # both are read when kernels are imported
-        os.environ.update(TRITON_INTERPRET="1", ADALORA_FAST_BACKEND="triton")
-
+def _has_gpu() -> bool:
     import torch
 
-    from benchmarks import runner
+    return torch.cuda.is_available()
 
-    if not arguments.dry_run and not torch.cuda.is_available():
-        return _refuse("no CUDA device is visible; --dry-run needs none")
-    device = torch.device("cpu" if arguments.dry_run else "cuda")
-    scale = "tiny" if arguments.dry_run else "quick" if arguments.quick else "full"
-    fresh = runner.new_results(device, scale)
-    results, path = fresh, None
+
+def main() -> int:
+    arguments = _arguments()
+    name = f"gpu-{datetime.now(UTC).date().isoformat()}-{code_digest()[:8]}"
+    folder = (arguments.output or ROOT / "runs" / name).resolve()
     try:
-        cases = runner.plan(scale, device, arguments.only)
-        if arguments.output is not None or not arguments.dry_run:
-            folder = ROOT / "benchmarks/results" / fresh.device
-            results, path = runner.open_results(fresh, arguments.output, folder)
+        listed = parts(folder, arguments.dry_run, not arguments.no_compiled)
+        chosen = plan.choose(listed, arguments.parts, arguments.skip)
     except ValueError as error:
         return _refuse(str(error))
-    commit = fresh.environment["commit"]
-    print(f"{fresh.device}, commit {commit}, {len(cases)} cases of scale {scale}", flush=True)
-    if results is not fresh:
-        print(f"Going on with {path}, which has {len(results.done())} cases", flush=True)
-    rounds = arguments.rounds or (2 if arguments.dry_run else 20)
-    clock = runner.Clock(arguments.minutes, began)
-    return _run(runner.Run(results, path, device, clock, rounds), cases, arguments)
+    if arguments.list:
+        print(plan.listing(chosen))
+        return 0
+    if not arguments.dry_run and not _has_gpu():
+        return _refuse("no CUDA device is visible; --dry-run needs none")
+    os.chdir(ROOT)  # the parts are modules of the repository
+    print(
+        f"{len(chosen)} parts in {arguments.minutes:g} minutes; everything is written to {folder}", flush=True
+    )
+    outcomes = plan.run(chosen, folder, 60 * arguments.minutes)
+    print(f"\n{plan.table(chosen, outcomes)}\n\nWritten to {folder}")
+    return plan.exit_code(chosen, outcomes)
 
 
 def _refuse(reason: str) -> int:
     print(f"gpu.py: {reason}", file=sys.stderr)
     return 2
-
-
-def _run(run: "runner.Run", cases: list, arguments: argparse.Namespace) -> int:
-    import warnings
-
-    from benchmarks import gate, roofline, runner
-
-    warnings.filterwarnings("ignore", module="(peft|transformers)")
-    results = run.results
-    if results.ceilings is None:
-        results.ceilings = roofline.measure(run.device).as_dict()
-    if not arguments.skip_gate and not gate.has_passed(results.gate):
-        results.gate = gate.run(60 * GATE_SHARE * arguments.minutes, collect_only=arguments.dry_run)
-        run.write()
-        print(f"Correctness tests: {gate.summary(results.gate)}; {run.clock}", flush=True)
-        if not gate.has_passed(results.gate):
-            print(results.gate["tail"], file=sys.stderr)
-            print("gpu.py: nothing is timed, because the correctness tests did not pass", file=sys.stderr)
-            return 1
-    run(cases)
-    runner.show(results, run.path)
-    return 0
 
 
 if __name__ == "__main__":

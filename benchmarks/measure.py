@@ -1,20 +1,23 @@
 """A case measured: the gate first, then every contestant on the clock that suits the device.
 
-On a CPU contestants take turns, so that other work on the machine slows all of them; a ratio is the median of
-the rounds' ratios. On a GPU each is timed as replays of a CUDA graph with inputs that the cache does not
-hold, or, where a graph cannot contain it, by events around eager calls.
+On a CPU contestants take turns, so that other work on the machine slows all of them; a ratio is the median
+of the rounds' ratios. On a GPU one contestant after the other is made, checked and timed, as replays of a
+CUDA graph with inputs that the cache does not hold, or, where a graph cannot contain it, by events around
+eager calls; what is done stays where the next one takes too long. No profiler runs here: once one has run,
+launches take longer in the whole process, so launches are counted by :func:`count_launches`, in a process
+that times nothing.
 """
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
 from adalora_fast.bench.results import Row
 from adalora_fast.ops.timing import graph_seconds
 from benchmarks.roofline import Ceilings
-from benchmarks.suites import Case, Contestant
+from benchmarks.suites import Case, Contestant, Work
 from benchmarks.turns import kernel_launches, take_turns
 
 WARM_UP = 3
@@ -23,36 +26,65 @@ WARM_UP = 3
 def measure(
     case: Case, ceilings: Ceilings | None, device: torch.device, rounds: int = 20, seconds: float = 0.0
 ) -> list[Row]:
-    """A row per contestant; nothing is timed that does not pass the gate.
+    """A row per contestant, as :func:`each` has them."""
+    return list(each(case, ceilings, device, rounds, seconds))
 
-    Contestants in turns get more than ``rounds``, up to ten times as many, until ``seconds`` are over.
+
+def each(
+    case: Case,
+    ceilings: Ceilings | None,
+    device: torch.device,
+    rounds: int = 20,
+    seconds: float = 0.0,
+    leave_out: Collection[str] = (),
+    base: dict | None = None,
+) -> Iterator[Row]:
+    """A row per contestant, each when it is known; nothing is timed that does not pass the gate.
+
+    Args:
+        rounds, seconds: contestants in turns get more than ``rounds``, up to ten times as many, until
+            ``seconds`` are over.
+        leave_out: contestants that are not measured.
+        base: the baseline's value and clock, where it was measured before.
     """
     work = case.build()
-    ready: dict[str, Contestant] = {}
-    missing: dict[str, str] = {}
-    for name, make in work.contestants.items():
-        try:
-            contestant = make()
-            work.gate(name)
-            ready[name] = contestant
-        except Exception as error:  # whatever a peer does wrong must not end the others' run
-            missing[name] = reason(error)
-    if case.unit != "seconds":
-        found = {name: _counted(contestant) for name, contestant in ready.items()}
-    elif device.type == "cuda":
-        found = {name: on_gpu(contestant, rounds) for name, contestant in ready.items()}
+    names = [name for name in work.contestants if name not in leave_out]
+    if case.unit == "seconds" and device.type != "cuda":
+        found = _in_turns(work, names, case.baseline, rounds, seconds)
+        yield from (_row(case, name, found[name], base, ceilings) for name in names)
     else:
-        found = _in_turns(ready, case.baseline, rounds, seconds)
-    rows = []
-    for name in work.contestants:
-        if name in ready and isinstance(found[name], str):
-            missing[name] = found[name]
-        rows.append(_row(case, name, found.get(name), missing.get(name), found, ceilings))
-    del work, ready
+        names.sort(key=lambda name: name != case.baseline)  # the baseline first: ratios need it
+        for name in names:
+            figures = _alone(work, name, case.unit, rounds)
+            if name == case.baseline and isinstance(figures, dict):
+                base = figures
+            yield _row(case, name, figures, base, ceilings)
+            gc.collect()
+    del work
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rows
+
+
+def _alone(work: Work, name: str, unit: str, rounds: int) -> dict | str:
+    """Figures of one contestant, or why there are none: whatever a peer does wrong must not end the run."""
+    try:
+        contestant = work.contestants[name]()
+        work.gate(name)
+    except Exception as error:
+        return reason(error)
+    return on_gpu(contestant, rounds) if unit == "seconds" else _counted(contestant)
+
+
+def count_launches(case: Case, names: Collection[str]) -> dict[str, int]:
+    """Kernels and copies of one call of these contestants of a case, in a profiler; of those that can run."""
+    work, found = case.build(), {}
+    for name in names:
+        try:
+            found[name] = kernel_launches(work.contestants[name]().calls[0])
+        except Exception as error:
+            print(f"launches of {name} in {case.name} are not counted: {reason(error)}", flush=True)
+    return found
 
 
 def reason(error: Exception) -> str:
@@ -75,10 +107,19 @@ def _counted(contestant: Contestant) -> dict | str:
         return reason(error)
 
 
-def _in_turns(ready: dict[str, Contestant], baseline: str, rounds: int, seconds: float) -> dict[str, dict]:
-    calls = {name: contestant.calls[0] for name, contestant in ready.items()}
+def _in_turns(
+    work: Work, names: list[str], baseline: str, rounds: int, seconds: float
+) -> dict[str, dict | str]:
+    found: dict[str, dict | str] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name in names:
+        try:
+            contestant = work.contestants[name]()
+            work.gate(name)
+            calls[name] = contestant.calls[0]
+        except Exception as error:  # whatever a peer does wrong must not end the others' run
+            found[name] = reason(error)
     times = take_turns(calls, rounds, seconds) if calls else {}
-    found = {}
     for name, milliseconds in times.items():
         found[name] = {**_spread([one / 1e3 for one in milliseconds]), "clock": "host"}
         if baseline in times:
@@ -88,12 +129,12 @@ def _in_turns(ready: dict[str, Contestant], baseline: str, rounds: int, seconds:
 
 
 def on_gpu(contestant: Contestant, rounds: int) -> dict | str:
-    """Value, percentiles, clock and launches of a contestant as in a row, or why there is none."""
+    """Value, percentiles and clock of a contestant as in a row, or why there is none."""
     try:
         seconds = _graph_seconds(contestant.calls, rounds) if contestant.capturable else None
         clock = "events" if seconds is None else "graph"
         seconds = seconds or _event_seconds(contestant.calls, rounds)
-        return {**_spread(seconds), "clock": clock, "launches": kernel_launches(contestant.calls[0])}
+        return {**_spread(seconds), "clock": clock}
     except Exception as error:  # out of memory, an error of the device
         return reason(error)
 
@@ -127,18 +168,15 @@ def _event_seconds(calls: list[Callable[[], object]], rounds: int) -> list[float
     return seconds
 
 
-def _row(
-    case: Case, name: str, found: dict | str | None, missing: str | None, all_found: dict, ceilings: Ceilings
-) -> Row:
+def _row(case: Case, name: str, found: dict | str, base: dict | None, ceilings: Ceilings | None) -> Row:
     same = {
         "suite": case.suite, "case": case.name, "what": case.what, "contestant": name,
         "baseline": case.baseline, "unit": case.unit, "moved": case.moved, "operations": case.operations,
     }  # fmt: skip
-    if missing is not None:
-        return Row(**same, missing=missing)
-    base = all_found.get(case.baseline)
+    if isinstance(found, str):
+        return Row(**same, missing=found)
     ratio = found.get("ratio")
-    if ratio is None and isinstance(base, dict) and base["value"] and base["clock"] == found["clock"]:
+    if ratio is None and base is not None and base["value"] and base["clock"] == found["clock"]:
         ratio = found["value"] / base["value"]
     floor = None
     if ceilings is not None and case.moved is not None and case.unit == "seconds":

@@ -32,8 +32,8 @@ def make_allocator(model, **options):
 def task_loss(model, t, part=0):
     """A regression whose data depend on the step alone."""
     generator = torch.Generator().manual_seed(1000 + 10 * t + part)
-    dtype = next(model.parameters()).dtype
-    x, y = (torch.randn(9, n, generator=generator, dtype=torch.float64).to(dtype) for n in (6, 4))
+    like = next(model.parameters())
+    x, y = (torch.randn(9, n, generator=generator, dtype=torch.float64).to(like) for n in (6, 4))
     return (model(x) - y).square().mean()
 
 

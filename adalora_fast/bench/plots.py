@@ -67,7 +67,9 @@ def step_bars(results: Results) -> "Figure | None":
     from matplotlib.figure import Figure
 
     rows = _rows(results, "step")
-    rows = [row for row in rows if row.case == rows[0].case]
+    first = rows[0].case if rows else ""
+    # Each compiled contestant is a case of its own, "CASE, NAME", which has the baseline once more.
+    rows = [row for row in rows if row.case in (first, f"{first}, {row.contestant}")]
     if not rows:
         return None
     rows.sort(key=lambda row: row.value)
@@ -86,7 +88,7 @@ def step_bars(results: Results) -> "Figure | None":
     axis.invert_yaxis()
     axis.set_xlabel("one training step, s (median, 20th to 80th percentile)")
     by_name = {row.contestant: row for row in rows}
-    title = rows[0].case
+    title = first
     if "peft" in by_name and "adalora_fast" in by_name:
         times = by_name["peft"].ratio / by_name["adalora_fast"].ratio
         title = f"{times:.2f}x PEFT's speed: {title}, r = {rows[0].what.get('rank')}"

@@ -72,7 +72,8 @@ class Results:
         device: ``cpu`` or the GPU's name as a file name, ``nvidia-h200``.
         environment: as :func:`adalora_fast.environment.environment` has it.
         scale: ``full``, ``quick`` or ``tiny`` (which checks the plan, its times mean nothing).
-        gate: command, counts and verdict of the correctness tests that ran first; None where none ran.
+        gate: counts and verdict of the correctness tests that ran first, and by op under ``ops``; None where
+            none ran.
         ceilings: bytes per second of a copy and operations per second of a product, by type.
         rows: what was measured.
     """

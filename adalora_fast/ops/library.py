@@ -37,9 +37,16 @@ def define_gradient(name: str, backward: Callable, setup_context: Callable | Non
     )
 
 
+# Devices without autocast, asked for once: Dynamo of PyTorch 2.11 cannot trace the question. A device that is
+# missing here is an error where its autocast is asked for, never a silent no.
+_WITHOUT_AUTOCAST = frozenset(
+    name for name in ("meta", "lazy", "vulkan") if not torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_is_on(device_type: str) -> bool:
     """Whether an autocast region is active for the device (there is none for some, such as meta)."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:

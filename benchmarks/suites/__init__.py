@@ -5,7 +5,7 @@ A suite has ``cases(scale, device) -> list[Case]``. Scales: ``full``; ``quick``,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,3 +64,32 @@ class Case:
     moved: float | None = None
     operations: float | None = None
     dtype: torch.dtype = torch.float32
+
+
+COMPILED = " compiled"  # how the name of a contestant ends that a compiler makes
+
+
+def apart(case: Case) -> list[Case]:
+    """The case without compiled contestants, then one of its own for each of those, with the baseline: the
+    minutes of a compiler cost no other contestant its time.
+    """
+    compiled = [name for name in case.contestants if name.endswith(COMPILED)]
+    others = tuple(name for name in case.contestants if name not in compiled)
+    if not compiled:
+        return [case]
+    alone = [_only(case, f"{case.name}, {name}", (case.baseline, name)) for name in compiled]
+    return [_only(case, case.name, others), *alone]
+
+
+def _only(case: Case, name: str, contestants: tuple[str, ...]) -> Case:
+    def build() -> Work:
+        work = case.build()
+        chosen = {who: make for who, make in work.contestants.items() if who in contestants}
+        return replace(work, contestants=chosen)
+
+    return replace(case, name=name, contestants=contestants, build=build)
+
+
+def is_compiled(case: Case) -> bool:
+    """Whether a compiler has a part in the case."""
+    return any(name.endswith(COMPILED) for name in case.contestants)

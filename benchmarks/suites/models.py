@@ -231,21 +231,31 @@ class Training:
         context: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
         self.model, self.loss, self.allocate, self.context = model, loss, allocate, context
-        self._numbers = itertools.count(setting.first_step)
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.numbers = itertools.count(setting.first_step)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = True if setting.device.type == "cuda" else None  # None: PyTorch's choice
-        self._optimizer = torch.optim.AdamW(self._trained, lr=1e-3, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=fused)
 
-    def __call__(self) -> Tensor:
+    def __call__(self, mark: Callable[[str], None] = lambda part: None) -> Tensor:
+        """``mark`` is called with the name of each part when the host has done it."""
         with self.context():
             loss = self.loss()
+            mark("forward")
             loss.backward()
-            nn.utils.clip_grad_norm_(self._trained, 1.0, foreach=True)
-            self._optimizer.step()
+            mark("backward")
+            self.update()
+            mark("clipping and optimizer")
             if self.allocate is not None:
-                self.allocate(next(self._numbers))
-            self._optimizer.zero_grad()
+                self.allocate(next(self.numbers))
+            mark("allocator")
+            self.optimizer.zero_grad()
+            mark("zero_grad")
         return loss.detach()
+
+    def update(self) -> None:
+        """Clipping and the optimizer's step."""
+        nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
 
 
 def _adalora(setting: Setting, model: PeftModel, forward: nn.Module | None = None, **options) -> Training:

@@ -32,6 +32,16 @@ def test_bars_are_as_long_as_the_steps():
     assert texts[1] == "adalora_fast: 30.0 ms (1.50x)" and "PEFT LoRA: 40.0 ms (2.00x)" in texts
 
 
+def test_a_compiled_contestant_of_the_same_step_is_a_bar():
+    """It is a case of its own, with the baseline once more."""
+    found = everything()
+    for name, seconds in (("frozen", 0.021), ("peft compiled", 0.05)):
+        found.rows.append(row("step", "deberta 32x128, peft compiled", name, seconds, ratio=seconds / 0.021))
+    axis = plots.step_bars(found).axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [0.02, 0.03, 0.04, 0.05, 0.08]
+    assert "deberta 32x128, r = 16" in axis.get_title(loc="left")
+
+
 def test_layers_are_drawn_as_ratios():
     forward, step = plots.layer_bars(everything()).axes
     assert sorted({bar.get_height() for bar in forward.patches}) == [1.2, 2.0, 4.0]

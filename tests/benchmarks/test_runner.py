@@ -1,11 +1,9 @@
 """The plan of a benchmark run: its order, its time, going on where one stopped, and the commands."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +11,9 @@ import pytest
 import torch
 
 from adalora_fast.bench.results import Results, read
-from benchmarks import gate, gpu, runner
+from benchmarks import digest, runner, timings
 from benchmarks.roofline import Ceilings
-from benchmarks.suites import Case, Contestant, Work
+from benchmarks.suites import Case, Contestant, Work, apart, is_compiled
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -58,7 +56,11 @@ def test_the_order_of_the_plan():
     cases = runner.plan("tiny", CPU)
     assert [case.suite for case in cases[:2]] == ["adapter", "adapter"]
     assert list(dict.fromkeys(case.suite for case in cases)) == list(runner.SUITES)
-    assert cases[-1].suite == "adapter" and not cases[-1].what["goal"]
+    compiled = [case for case in cases if is_compiled(case)]
+    assert compiled and cases[-len(compiled) :] == compiled
+    assert all(case.contestants == (case.baseline, "peft compiled") for case in compiled)
+    last = cases[-len(compiled) - 1]
+    assert last.suite == "adapter" and not last.what["goal"]
     assert {case.suite for case in runner.plan("tiny", CPU, ["allocation"])} == {"allocation"}
 
 
@@ -125,6 +127,149 @@ def test_an_error_is_a_row_and_not_tried_again(tmp_path):
     assert runner.unfinished(found) == 0
 
 
+class Gpu:
+    """Stands for a device on which contestants are timed one after the other."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A run on a pretended GPU, whose clock is the contestant's own call."""
+    monkeypatch.setattr(runner, "_works", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def on_gpu(contestant, rounds):
+        try:
+            contestant.calls[0]()
+        except Exception as error:
+            return runner.measure.reason(error)
+        return {"value": 2.0, "clock": "events"}
+
+    monkeypatch.setattr(runner.measure, "on_gpu", on_gpu)
+
+    def run(path, results=None, minutes=None):
+        found = run_of(path, results, minutes)
+        found.device = Gpu()
+        return found
+
+    return run
+
+
+def interrupting(error: BaseException) -> Case:
+    """Of three contestants the second is interrupted."""
+
+    def end():
+        raise error
+
+    makers = {
+        "ours": lambda: Contestant([end]),
+        "theirs": lambda: Contestant([lambda: None]),
+        "third": lambda: Contestant([lambda: None]),
+    }
+    case = case_of("case", build=lambda: Work(makers, lambda who: None))
+    return replace(case, contestants=tuple(makers))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), runner.OutOfTime()], ids=["Ctrl-C", "out of time"])
+def test_an_interrupted_case_keeps_who_is_done_and_goes_on_with_the_others(tmp_path, pretended_gpu, error):
+    path = tmp_path / "results.json"
+    case = interrupting(error)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            pretended_gpu(path)([case])
+    else:
+        pretended_gpu(path, minutes=9)([case])
+    found = read(path)
+    assert {row.contestant: row.value for row in found.rows if row.value} == {"theirs": 2.0}  # the baseline
+    assert all(row.missing.startswith("no time left") for row in found.rows if row.missing)
+
+    calls = []
+    makers = {name: lambda name=name: Contestant([lambda: calls.append(name)]) for name in case.contestants}
+    again = replace(case, build=lambda: Work(makers, lambda who: None))
+    pretended_gpu(path, found)([again])
+    rows = {row.contestant: row for row in read(path).rows}
+    assert calls == ["ours", "third"] and set(rows) == set(case.contestants)
+    assert all(row.ratio == 1.0 for row in rows.values())  # the baseline's figure is the stored one
+
+
+def test_a_contestant_that_the_gpu_does_not_survive_costs_no_figure_before_it(monkeypatch, pretended_gpu):
+    works = iter([True, False])
+    monkeypatch.setattr(runner, "_works", lambda: next(works))
+    run = pretended_gpu(None)
+    run([interrupting(RuntimeError("an illegal memory access")), case_of("next")])
+    rows = {(row.case, row.contestant): row for row in run.results.rows}
+    assert rows["case", "theirs"].value == 2.0
+    assert rows["case", "ours"].missing == "RuntimeError: an illegal memory access"
+    for key in (("case", "third"), ("next", "ours"), ("next", "theirs")):
+        assert rows[key].missing.startswith("not run: the GPU failed in adapter: case, ours")
+
+
+def test_a_profiler_runs_only_where_nothing_is_timed(monkeypatch, tmp_path, pretended_gpu):
+    """Launches are counted afterwards, by a command that times nothing."""
+    monkeypatch.setattr(runner.measure, "kernel_launches", lambda call: pytest.fail("a profiler ran"))
+    path = tmp_path / "results.json"
+    pretended_gpu(path)([case_of("case")])
+    found = read(path)
+    assert [row.launches for row in found.rows] == [None, None]
+    monkeypatch.setattr(runner.measure, "kernel_launches", lambda call: 3)
+    pretended_gpu(path, found).count_launches([case_of("case")])
+    assert [(row.launches, row.value) for row in read(path).rows] == [(3, 2.0)] * 2
+
+
+def test_compiled_contestants_are_cases_of_their_own():
+    makers = {name: lambda: Contestant([lambda: None]) for name in ("ours", "theirs", "peft compiled")}
+    whole = replace(case_of("case", build=lambda: Work(makers, lambda who: None)), contestants=tuple(makers))
+    plain, alone = apart(whole)
+    assert (plain.name, plain.contestants) == ("case", ("ours", "theirs"))
+    assert (alone.name, alone.contestants) == ("case, peft compiled", ("theirs", "peft compiled"))
+    run = run_of(None)
+    run([plain, alone])
+    assert [row.ratio is not None for row in run.results.rows] == [True] * 4
+    assert apart(plain) == [plain]
+
+
+GATES = {op: {"verdict": "passed"} for op in timings.EVERYTHING}
+
+
+@pytest.mark.parametrize("failed", timings.EVERYTHING)
+def test_an_op_whose_tests_fail_blocks_its_own_timings_only(failed):
+    blocked = timings.blocked_by({**GATES, failed: {"verdict": "failed"}})
+    stopped = set()
+    for case in runner.plan("tiny", CPU):
+        reasons = {name: blocked(case, name) for name in case.contestants}
+        for name, reason in reasons.items():
+            if reason is not None:
+                assert name.startswith("adalora_fast") and name != "adalora_fast reference"
+                assert reason == f"not run: the correctness tests of {failed} have not passed (failed)"
+                stopped.add(case.suite)
+    whole = {"step", "memory"}
+    assert (
+        stopped
+        == whole
+        | {
+            "adapter": {"adapter", "inference", "growth"},
+            "importance": {"importance", "allocation", "growth"},
+            "orthogonality": {"orthogonality"},
+            "allocation": {"allocation", "growth"},
+            "steps": set(),
+        }[failed]
+    )
+
+
+def test_who_is_blocked_is_a_row_and_is_tried_again(tmp_path):
+    path = tmp_path / "results.json"
+    run = run_of(path)
+    run.blocked = lambda case, name: "not run: its tests failed" if name == "ours" else None
+    run([case_of("case")])
+    found = read(path)
+    assert {row.contestant: row.missing for row in found.rows} == {
+        "ours": "not run: its tests failed", "theirs": None,
+    }  # fmt: skip
+    run_of(path, found)([case_of("case")])
+    assert all(row.value is not None for row in read(path).rows)
+
+
 def test_nothing_runs_on_a_gpu_that_failed():
     run = run_of(None)
     run.broken = "adapter: case 7"
@@ -159,82 +304,9 @@ def test_the_code_digest_sees_an_edit(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     file = tmp_path / "benchmarks/a.py"
     file.write_text("1")
-    before = runner.code_digest(tmp_path)
+    before = digest.code_digest(tmp_path)
     file.write_text("2")
-    assert runner.code_digest(tmp_path) != before
-
-
-# The tests before any timing
-
-
-@pytest.fixture
-def tests_in(tmp_path, monkeypatch):
-    """Lets the gate run a file of tests of its own."""
-
-    def write(content: str) -> None:
-        (tmp_path / "test_small.py").write_text(f"import pytest, time\n{content}")
-        options = ("-p", "no:cacheprovider", "-m", "gpu", "-o", "markers=gpu", "-q")
-        monkeypatch.setattr(gate, "TESTS", ("-m", "pytest", *options))
-        monkeypatch.setattr(gate, "files", lambda: [str(tmp_path)])
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("body", "seconds", "verdict", "counts"),
-    [
-        ("pass", 60, "passed", {"passed": 1}),
-        ("assert False", 60, "failed", {"failed": 1}),
-        ("pytest.skip()", 60, "failed", {"skipped": 1}),
-        ("time.sleep(60)", 2, "out of time", {}),
-    ],
-)
-def test_the_gates_verdict(tests_in, body, seconds, verdict, counts):
-    tests_in(f"@pytest.mark.gpu\ndef test_it():\n    {body}\n")
-    found = gate.run(seconds)
-    assert found["verdict"] == verdict and found["counts"] == counts
-    assert gate.has_passed(found) == (verdict == "passed") != ("tail" in found)
-
-
-def test_the_gate_may_collect_only(tests_in):
-    tests_in("@pytest.mark.gpu\ndef test_it(): pass\ndef test_other(): pass\n")
-    found = gate.run(60, collect_only=True)
-    assert found["verdict"] == "collected" and found["counts"] == {"collected": 1}
-
-
-def test_the_gate_has_every_gpu_test_and_needs_few_packages(tmp_path):
-    """All that pytest finds with the mark, but for the proof of what is refused without it."""
-    for name in ("hypothesis", "tyro", "rich", "matplotlib", "xdist", "pytest_timeout"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('absent')")
-
-    def collected(*arguments: str, **variables: str) -> set[str]:
-        done = subprocess.run(
-            [sys.executable, *arguments, "--collect-only"],
-            cwd=gate.ROOT,
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-        return {line for line in done.stdout.splitlines() if "::" in line}
-
-    bare = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    found = collected(*gate.TESTS, *gate.files(), **bare)
-    every = collected("-m", "pytest", "-m", "gpu", "-q", "tests")
-    assert len(found) > 100
-    assert {line for line in every - found if not line.startswith("tests/test_capture_gpu.py")} == set()
-
-
-def test_nothing_is_timed_where_a_test_fails(monkeypatch, tmp_path, capsys):
-    failed = {"command": "", "counts": {"failed": 1}, "verdict": "failed", "seconds": 1.0, "tail": "E assert"}
-    monkeypatch.setattr(gate, "run", lambda *arguments, **options: failed)
-    path = tmp_path / "results.json"
-    arguments = Namespace(skip_gate=False, minutes=9.0, dry_run=False)
-    assert gpu._run(run_of(path), [case_of("a", build=raising(AssertionError()))], arguments) == 1
-    found = read(path)
-    assert found.gate == failed and found.rows == []
-    assert "nothing is timed" in capsys.readouterr().err
+    assert digest.code_digest(tmp_path) != before
 
 
 # The commands
@@ -247,17 +319,17 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_refuses():
-    done = command("benchmarks/gpu.py")
+def test_timings_without_a_gpu_are_refused(tmp_path):
+    done = command("-m", "benchmarks.timings", "--output", str(tmp_path / "results.json"))
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpu.py: no CUDA device is visible; --dry-run needs none\n"
+    assert done.stderr == "benchmarks.timings: no CUDA device is visible; --dry-run needs none\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_dry_run(tmp_path):
+def test_a_dry_run_of_a_suite(tmp_path):
     path = tmp_path / "plan.json"
     options = ("--dry-run", "--skip-gate", "--only", "allocation", "--output", str(path))
-    done = command("benchmarks/gpu.py", *options)
+    done = command("-m", "benchmarks.timings", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(path)
     assert found.scale == "tiny" and found.gate is None and len(found.done()) == 3

@@ -13,11 +13,11 @@ from adalora_fast import AdaLoraLinear
 from adalora_fast.ops import backend, launch
 from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter.plans import OuterPlan, Plan, Tile
+from tests.ops.kernels import HAS_GPU
+from tests.ops.kernels import ON_DEVICE as ON_DEVICE  # the adapter's tests take it from here
 from tests.ops.naive import NAMES, Case, leaves, make_case, results
 
-HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-ON_DEVICE = [pytest.mark.gpu] if HAS_GPU else []  # every kernel test is a GPU test where there is one
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device; there is none")]
 NO_BFLOAT16 = [
     pytest.mark.gpu,

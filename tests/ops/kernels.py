@@ -9,7 +9,9 @@ import torch
 from adalora_fast.ops import launch
 
 # The interpreter of Triton runs kernels on CPU tensors; where there is a GPU, kernels are compiled for it.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+ON_DEVICE = [pytest.mark.gpu] if HAS_GPU else []  # every kernel test is a GPU test where there is one
 needs_triton = pytest.mark.skipif(
     launch.refusal("cuda") is not None and not launch.is_interpreted(),
     reason="neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1) is here",

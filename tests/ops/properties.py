@@ -3,7 +3,7 @@
 import pytest
 
 try:
-    from hypothesis import given, settings
+    from hypothesis import HealthCheck, assume, example, given, settings
     from hypothesis import strategies as st
 except ImportError:
 
@@ -13,7 +13,14 @@ except ImportError:
         def __getattr__(self, name: str):
             return lambda *arguments, **options: self
 
-    st = _Absent()
+    st = HealthCheck = _Absent()
+
+    def assume(condition: object) -> None:
+        """Called in tests that do not run."""
+
+    def example(*arguments, **options):
+        """Nothing to run it with."""
+        return lambda function: function
 
     def given(*arguments, **options):
         """Skip the test."""
@@ -24,4 +31,4 @@ except ImportError:
         return lambda function: function
 
 
-__all__ = ["given", "settings", "st"]
+__all__ = ["HealthCheck", "assume", "example", "given", "settings", "st"]

@@ -203,8 +203,8 @@ def test_double_backward_of_the_registered_op_is_refused(name):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_one_node_per_adapter(function):
     ours = leaves(make_case())
-    node = function(*ours).grad_fn
-    reached = [f for f, _ in node.next_functions if f is not None]
+    y = function(*ours)  # PyTorch 2.11 forgets the nodes of a value that is gone
+    reached = [f for f, _ in y.grad_fn.next_functions if f is not None]
     assert sum("AccumulateGrad" in f.name() for f in reached) >= 3, "factors hang directly on the node"
 
 

@@ -156,6 +156,7 @@ def test_exact_sums_in_bfloat16():
         assert torch.equal(got[name], exact[name].to(got[name].dtype)), name
 
 
+@pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     """Offsets of rows are of 64 bits: rows at the far end of a long input come out right."""
     inner, out = 64, 1024
@@ -193,6 +194,7 @@ torch.cuda.synchronize()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU and shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer here")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from adalora_fast.ops import tables
 from adalora_fast.ops.allocation import reference
-from tests.ops.kernels import DEVICE, counted, needs_triton, poisoned
+from tests.ops.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
+from tests.ops.properties import HealthCheck, assume, given, settings, st
 from tests.ops.test_allocation import SPECIAL, oracle
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, *ON_DEVICE]
 kernels = pytest.importorskip("adalora_fast.ops.allocation.triton", reason="triton is not installed")
 INF, NAN = float("inf"), float("nan")
 

@@ -6,11 +6,11 @@ import torch
 from adalora_fast.ops import tables
 from adalora_fast.ops.importance import reference
 from adalora_fast.ops.launch import observed
-from tests.ops.kernels import DEVICE, counted, needs_triton, poisoned
+from tests.ops.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
 from tests.ops.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters, triplet_scores
 from tests.tolerances import assert_accurate
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]
+pytestmark = [needs_triton, *ON_DEVICE, pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]
 kernels = pytest.importorskip("adalora_fast.ops.importance.triton", reason="triton is not installed")
 
 SHAPES = ((5, 3, 7), (6, 0, 3), (21, 9, 2))  # (in, r, out)

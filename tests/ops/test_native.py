@@ -115,13 +115,14 @@ def test_every_native_operator_is_checked_here(built):
     assert registered == NATIVE_OPS
 
 
-def build(tmp_path, **environment):
-    """Run setup.py in a copy of what it needs."""
+def build(tmp_path, before=lambda: None, **environment):
+    """Run setup.py in a copy of what it needs, after ``before``."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "adalora_fast").mkdir()
     (tmp_path / "adalora_fast" / "__init__.py").write_text('__version__ = "0"\n')
+    before()
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ADALORA_FAST_")}
     return subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
@@ -140,6 +141,51 @@ def test_a_compiler_that_fails_is_no_failure_either(tmp_path):
     done = build(tmp_path, CXX=shutil.which("false"))
     assert done.returncode == 0, done.stderr
     assert "adalora_fast._C was not built: " in done.stderr and "works without it" in done.stderr
+
+
+def failing_compiler(folder: Path) -> str:
+    path = folder / "c++"
+    path.write_text(
+        "#!/bin/sh\necho 'In file included from a.h' >&2\necho 'a.cpp:3: error: no such macro' >&2\nexit 4\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_build_that_failed_leaves_its_reason_and_no_older_library(fresh, monkeypatch, tmp_path):
+    """pip hides what a successful installation prints; the report of the package is where a user looks."""
+    compiler = failing_compiler(tmp_path)
+    package = tmp_path / "adalora_fast"
+
+    def leave_a_library() -> None:
+        (package / "_C.abi3.so").write_bytes(b"of older sources")
+
+    done = build(tmp_path, leave_a_library, CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    assert not list(package.glob("_C.*so"))
+    monkeypatch.setattr(native, "PACKAGE", package)
+    reason = f"{compiler} ended with 4: a.cpp:3: error: no such macro"
+    expected = f"the extension adalora_fast._C is not built: {reason} (docs/native.md)"
+    assert native.refusal("_C") == expected
+    assert backend.choose("importance", "cpu").reasons["cpu"] == expected
+
+
+# Macros that the stable ABI of PyTorch 2.10 has. A newer one would compile with the PyTorch that is developed
+# with, and leave the library out everywhere else.
+KNOWN_MACROS = {
+    "STABLE_TORCH_LIBRARY",
+    "STABLE_TORCH_LIBRARY_IMPL",
+    "STD_CUDA_KERNEL_LAUNCH_CHECK",
+    "STD_TORCH_CHECK",
+    "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK",
+}
+
+
+def test_the_sources_use_macros_of_the_oldest_pytorch_only():
+    sources = [path.read_text() for path in (ROOT / "csrc").rglob("*.*")]
+    used = {name for text in sources for name in re.findall(r"\b(?:STABLE|STD|TORCH)_[A-Z_]+\b", text)}
+    assert used == KNOWN_MACROS
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from adalora_fast.ops import orthogonality
 from adalora_fast.ops.orthogonality import gradients
+from tests.ops.properties import example, given, settings, st
 from tests.tolerances import RelativeRule, assert_accurate
 
 PENALTIES = ("fro", "squared")
@@ -152,8 +151,8 @@ def test_drawn_models(shapes, penalty):
 
 def test_one_autograd_node():
     lora_A, lora_B = make_factors()
-    node = orthogonality(lora_A, lora_B)[0].grad_fn
-    following = [function for function, _ in node.next_functions if function is not None]
+    value, _ = orthogonality(lora_A, lora_B)  # PyTorch 2.11 forgets the nodes of a value that is gone
+    following = [function for function, _ in value.grad_fn.next_functions if function is not None]
     assert len(following) == len(lora_A) + len(lora_B)
     assert all("AccumulateGrad" in function.name() for function in following)
 

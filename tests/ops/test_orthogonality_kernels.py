@@ -6,11 +6,11 @@ import torch
 from adalora_fast.ops import backend, orthogonality, tables
 from adalora_fast.ops.launch import is_interpreted
 from adalora_fast.ops.orthogonality import reference
-from tests.ops.kernels import DEVICE, counted, needs_triton, poisoned
+from tests.ops.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
 from tests.ops.test_orthogonality import PENALTIES, make_factors, naive, with_gradients
 from tests.tolerances import RelativeRule, assert_accurate
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]
+pytestmark = [needs_triton, *ON_DEVICE, pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]
 kernels = pytest.importorskip("adalora_fast.ops.orthogonality.triton", reason="triton is not installed")
 
 # (in, r, out): repeated shapes, a rank of zero, widths around a tile, a chunk and two
