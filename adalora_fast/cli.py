@@ -1,4 +1,5 @@
-"""The command line: `adalora-fast demo | train | sweep | report | analyze | soup | export | bench`.
+"""The command line: `adalora-fast demo | train | sweep | report | evaluate | analyze | soup | export` and
+`bench`.
 
 Every command is a frozen dataclass whose fields are its flags. Anything slow is imported when a command runs,
 so that `--help` answers at once.
@@ -17,6 +18,8 @@ import tyro
 
 from adalora_fast.bench.cli import Bench
 from adalora_fast.environment import is_no_room
+from adalora_fast.experiments.cli import Evaluate
+from adalora_fast.experiments.cli import data_dir_of as _data_dir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,10 +165,6 @@ class Sweep:
         return 1 if failed else 0
 
 
-def _data_dir(given: Path | None) -> Path | None:
-    return given or (Path(os.environ["ADALORA_FAST_DATA"]) if "ADALORA_FAST_DATA" in os.environ else None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Tables and pictures of a sweep; of any other folder, a table of the complete runs below it."""
@@ -306,6 +305,7 @@ COMMANDS = {
     "train": Train,
     "sweep": Sweep,
     "report": Report,
+    "evaluate": Evaluate,
     "analyze": Analyze,
     "soup": Soup,
     "export": Export,

@@ -1,6 +1,7 @@
 """transformers' Trainer, as every run has it: one order of the data for every arm, no output of its own."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .allocation import training_callbacks
 from .families import FAMILIES
 from .runs import RunSettings
 from .tasks import Task
@@ -36,13 +36,13 @@ def build_trainer(
     settings: RunSettings,
     workload: Workload,
     checkpoints: Path,
-    watcher: TrainerCallback,
+    callbacks: Sequence[TrainerCallback],
     *,
-    evaluates: bool,
-    saves: bool,
+    evaluates: bool = False,
+    saves: bool = False,
 ) -> "ExperimentTrainer | TranslationTrainer":
     """Trainer with dynamic padding, batches grouped by length, and none of its own output; for translation
-    one that generates when it evaluates. `watcher` is told of every step.
+    one that generates when it evaluates.
     """
     translates = workload.task.kind == "translation"
     if translates:
@@ -60,9 +60,8 @@ def build_trainer(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several visible GPUs without torchrun would multiply the batch (DataParallel)
-    callbacks: list[TrainerCallback] = [*training_callbacks(settings), watcher]
     if unadapted(model).config.model_type not in FAMILIES and settings.method != "full":
-        callbacks.append(EverythingLearns())
+        callbacks = [*callbacks, EverythingLearns()]
     trainer_class = TranslationTrainer if translates else ExperimentTrainer
     collator_class = DataCollatorForSeq2Seq if translates else DataCollatorWithPadding
     trainer = trainer_class(
@@ -73,7 +72,7 @@ def build_trainer(
         eval_dataset={name: data[name] for name in workload.evaluation},
         data_collator=collator_class(tokenizer),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -16,7 +16,7 @@ from transformers import Trainer, set_seed
 from adalora_fast.environment import write_json
 
 from .adapters import adapt, load_encoder, save_adapter
-from .allocation import check_budget, ranks_of
+from .allocation import check_budget, ranks_of, training_callbacks
 from .families import position_limit
 from .fusion import mean_weights
 from .progress import TrainingProgress
@@ -87,7 +87,7 @@ def _train(
             settings,
             workload,
             folder.checkpoints,
-            recorder,
+            [*training_callbacks(settings), recorder],
             evaluates=resumable,
             saves=saves,
         )
