@@ -85,34 +85,43 @@ def training_arguments(
     recipe = settings.recipe
     translates = task.kind == "translation"
     steps = int(np.ceil(rows / recipe.batch_size) * recipe.epochs)
+    batch_size = batch_per_process(recipe.batch_size)
     arguments_class: Any = TrainingArguments
     if translates:
         arguments_class = partial(Seq2SeqTrainingArguments, predict_with_generate=True)
-    return arguments_class(
-        output_dir=str(checkpoints),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=batch_per_process(recipe.batch_size),
-        # each sentence that is translated is there once for every beam
-        per_device_eval_batch_size=recipe.batch_size if translates else 2 * recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup,
-        max_grad_norm=recipe.max_grad_norm,
-        lr_scheduler_type="linear",
-        seed=settings.seed,
-        bf16=recipe.precision == "bf16",
-        fp16=recipe.precision == "fp16",
-        torch_compile=settings.compile,
-        use_cpu=not torch.accelerator.is_available(),  # else mixed precision is refused where there is no GPU
-        save_total_limit=1,
-        logging_steps=max(1, min(10, steps // 10)),
-        average_tokens_across_devices=False,  # the heads average their loss: it counts once, not per process
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **options,
-    )
+    try:
+        return arguments_class(
+            output_dir=str(checkpoints),
+            num_train_epochs=recipe.epochs,
+            per_device_train_batch_size=batch_size,
+            # each sentence that is translated is there once for every beam
+            per_device_eval_batch_size=recipe.batch_size if translates else 2 * recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            warmup_steps=recipe.warmup,
+            max_grad_norm=recipe.max_grad_norm,
+            lr_scheduler_type="linear",
+            seed=settings.seed,
+            bf16=recipe.precision == "bf16",
+            fp16=recipe.precision == "fp16",
+            torch_compile=settings.compile,
+            # else mixed precision is refused where there is no GPU
+            use_cpu=not torch.accelerator.is_available(),
+            save_total_limit=1,
+            logging_steps=max(1, min(10, steps // 10)),
+            # the heads average their loss: it counts once, not per process
+            average_tokens_across_devices=False,
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+    except ValueError as error:  # such as: this GPU has no bfloat16
+        raise ValueError(
+            f"transformers refuses these settings here ({' '.join(str(error).split())[:160]}); change them "
+            "with --set, for instance precision=fp32"
+        ) from error
 
 
 class EverythingLearns(TrainerCallback):
