@@ -13,13 +13,14 @@ import json
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -27,6 +28,7 @@ from adalora_fast.environment import environment, write_json, writing_to
 
 from .finished import FinishedRun, check_files, open_finished, open_soup, restore
 from .metrics import interval
+from .metrics.translation import check_installed, chrf_statistics
 from .progress import TrainingProgress
 from .runs import RunFolder, RunSettings, read_object, working_of
 from .single import whole_path
@@ -109,13 +111,13 @@ def _evaluate(
             "run": str(run.path),
             "task": task.name,
             "model": settings.model,
-            "method": settings.label,
-            "seed": settings.seed,
+            "name": run.name,
+            "settings": asdict(run.settings),
             "rows": rows,
             "splits": {name: described for name, described in workload.describe().items() if name in parts},
             "primary_metric": task.metrics[0],
             "metrics": {name: each.metrics for name, each in judged.items()},
-            "intervals": {name: intervals(task, each) for name, each in judged.items()},
+            "intervals": {name: intervals(task, each, parts[name]) for name, each in judged.items()},
             "level": LEVEL,
             "resamples": RESAMPLES,
             "seconds": round(time.perf_counter() - started, 2),
@@ -144,11 +146,11 @@ def judge(
     judged = {}
     for name in workload.evaluation:
         batches = -(-len(data[name]) // trainer.args.per_device_eval_batch_size)
-        progress.start_run(f"{settings.label} on {name}", batches)
+        progress.start_run(f"{run.name} on {name}", batches)
         values = trainer.evaluate(data[name], metric_key_prefix=f"eval_{name}")
         judged[name] = trainer.judged[name]
         judged[name].metrics["loss"] = values[f"eval_{name}_loss"]
-        progress.finish_run(f"{settings.label} on {name}: {len(parts[name]):,} rows")
+        progress.finish_run(f"{run.name} on {name}: {len(parts[name]):,} rows")
         if not all(np.isfinite(value) for value in judged[name].metrics.values()):
             raise ValueError(
                 f"{run.path} gives a loss that is not finite on {name}; evaluate a run that did not diverge"
@@ -219,7 +221,6 @@ def loader_of(task: Task) -> Any:
 
         return load_questions
     if task.kind == "translation":
-        from .metrics.translation import check_installed
         from .translation import load_pairs
 
         check_installed()
@@ -257,19 +258,21 @@ def workload_of(task: Task, settings: RunSettings, parts: dict[str, Rows]) -> Wo
     return Classification(task=task, splits=splits)
 
 
-def intervals(task: Task, judged: Judged) -> dict[str, list[float]]:
+def intervals(task: Task, judged: Judged, rows: Any) -> dict[str, list[float]]:
     """[low, high] of the task's metrics, by the bootstrap over rows."""
     arrays = judged.arrays
     found = {}
     for name in task.metrics:
         if task.kind == "question_answering":
-            of_metric = interval("mean", None, arrays[name], level=LEVEL, resamples=RESAMPLES)
-        elif task.kind == "translation":
-            of_metric = interval(name, None, arrays[f"{name}_statistics"], level=LEVEL, resamples=RESAMPLES)
+            data = ("mean", None, arrays[name])
+        elif name == "bleu":
+            data = (name, None, arrays["bleu_statistics"])
+        elif name == "chrf":
+            data = (name, None, chrf_statistics(list(judged.answers.values()), rows.targets))
         else:
-            labels, predictions = arrays["labels"], arrays["predictions"]
-            of_metric = interval(name, labels, predictions, level=LEVEL, resamples=RESAMPLES)
-        found[name] = [of_metric.low, of_metric.high]
+            data = (name, arrays["labels"], arrays["predictions"])
+        ends = interval(*data, level=LEVEL, resamples=RESAMPLES)
+        found[name] = [ends.low, ends.high]
     return found
 
 
@@ -285,7 +288,7 @@ def hash_of(parts: dict[str, Rows]) -> str:
 def table_of(result: dict[str, Any]) -> Table:
     """Every metric of the task with its interval, and the loss; by part, with its rows."""
     table = Table(
-        title=f"{result['method']} (seed {result['seed']}) on {result['task']}, {result['model']}",
+        title=escape(f"{result['name']} on {result['task']}, {result['model']}"),
         title_justify="left",
     )
     table.add_column("rows of")
@@ -298,7 +301,7 @@ def table_of(result: dict[str, Any]) -> Table:
             source = Path(described["source"]).name if part == FILE else part
             first = (source, f"{described['rows']:,}") if place == 0 else ("", "")
             ends = f"{own[name][0]:.4f} to {own[name][1]:.4f}" if name in own else "–"
-            table.add_row(*first, name, f"{metrics[name]:.4f}", ends)
+            table.add_row(*map(escape, first), name, f"{metrics[name]:.4f}", ends)
     return table
 
 

@@ -25,11 +25,12 @@ FULL = "config.json"  # of a whole model; its weights may be in several files
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A complete run, or a saved soup of runs: its folder, settings, what it wrote of itself, and the folder
-    of what was trained.
+    """A complete run, or a saved soup of runs: its folder, a name for tables, settings, what it wrote of
+    itself, and the folder of what was trained.
     """
 
     path: Path
+    name: str
     settings: RunSettings
     result: dict[str, Any]
     adapter: Path
@@ -50,10 +51,12 @@ def open_finished(folder: Path | str) -> FinishedRun:
     for name in ("config.json", "result.json"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} has no {name}, so it is no finished run; give another folder")
-    settings = read_object(path / "config.json").get("settings")
+    config = read_object(path / "config.json")
+    settings = settings_of(config.get("settings"), path / "config.json")
     return FinishedRun(
         path=path,
-        settings=settings_of(settings, path / "config.json"),
+        name=f"{settings.label} (seed {settings.seed})",
+        settings=settings,
         result=read_object(path / "result.json"),
         adapter=path / "adapter",
     )
@@ -80,7 +83,11 @@ def open_soup(folder: Path | str) -> FinishedRun:
     settings = settings_of(soup["settings"], path / "soup.json")
     form = {"method": "lora"} if saved.get("form") == "lora" else {"method": "full", "dtype": "float32"}
     return FinishedRun(
-        path=path, settings=replace(settings, **form, variant=""), result=soup, adapter=path / "model"
+        path=path,
+        name="soup",
+        settings=replace(settings, **form, variant=""),
+        result=soup,
+        adapter=path / "model",
     )
 
 

@@ -162,7 +162,7 @@ def test_a_model_that_no_run_of_a_sweep_could_load(capsys, here):
         (["begun"], "the run {here}/begun is not finished; let the command that began it go on"),
         (
             ["data", "--file", "a", "--split", "b"],
-            "the file a and the split 'b' are given; leave one of them",
+            "the file a and the split 'b' are given; leave one of",
         ),
     ],
 )
