@@ -28,7 +28,7 @@ def cka_report(result: Result) -> str:
     within, others = _sides(result)
     rows = [
         [group, count, *cells, within[place], others[place]]
-        for place, (group, count, cells) in enumerate(_by_group(result, values))
+        for place, (group, count, cells) in enumerate(_by_group(result, head, values))
     ]
     runs = result["runs"]
     kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -53,7 +53,7 @@ def connectivity_report(result: Result) -> str:
     within, others = _sides(result)
     rows = [
         [group, count, *cells, within[place], others[place]]
-        for place, (group, count, cells) in enumerate(_by_group(result, values))
+        for place, (group, count, cells) in enumerate(_by_group(result, head, values))
     ]
     runs, paths = result["runs"], result["paths"]
     worst = max(paths, key=lambda path: path["convexity_gap"])
@@ -133,7 +133,7 @@ def soup_report(result: Result) -> str:
         "Metrics in points. The greedy soup's loss on the selection rows is never above its best member's, "
         "by its recipe; on the reported rows it may be. The ensemble computes all members for every row.",
         *(
-            [markdown(["group", "runs", *head], _own_rows(result, values)), _own_words(result)]
+            [markdown(["group", "runs", *head], _own_rows(result, head, values)), _own_words(result)]
             if head
             else []
         ),
@@ -178,9 +178,12 @@ def _own_scores(result: Result) -> tuple[list[str], list[list[float | None]]]:
     return head, values
 
 
-def _own_rows(result: Result, values: Sequence[Sequence[float | None]]) -> list[list[Any]]:
+def _own_rows(
+    result: Result, head: Sequence[str], values: Sequence[Sequence[float | None]]
+) -> list[list[Any]]:
+    """Rows of a table of these columns, a group each."""
     groups = {"groups": list(dict.fromkeys(run["group"] for run in result["runs"]))}
-    return [[group, count, *cells] for group, count, cells in _by_group({**result, **groups}, values)]
+    return [[group, count, *cells] for group, count, cells in _by_group({**result, **groups}, head, values)]
 
 
 def _own_words(result: Result) -> str:
@@ -209,7 +212,7 @@ def _ends(result: Result) -> str:
     return (
         f"The same runs as ends of the paths, computed again on {_rows(result['rows'])} in "
         f"{PRECISIONS[result['precision']]}:\n\n"
-        + markdown(["ends of paths", "runs", *head], _own_rows(result, values))
+        + markdown(["ends of paths", "runs", *head], _own_rows(result, head, values))
     )
 
 
@@ -227,13 +230,16 @@ def _scores(own: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[fl
     return ["loss", *map(metric_name, metrics)], values
 
 
-def _by_group(result: Result, values: Sequence[Sequence[float | None]]) -> list[tuple[str, int, list[str]]]:
+def _by_group(
+    result: Result, head: Sequence[str], values: Sequence[Sequence[float | None]]
+) -> list[tuple[str, int, list[str]]]:
     """(group, how many runs, its columns as mean ± standard deviation)."""
+    digits = [3 if name.startswith("loss") else 2 for name in head]
     found = []
     for group in result["groups"]:
         own = [scores for run, scores in zip(result["runs"], values, strict=True) if run["group"] == group]
         columns = list(zip(*own, strict=True))
-        cells = [_mean(column, 3 if place == 0 else 2, spread=True) for place, column in enumerate(columns)]
+        cells = [_mean(column, place, spread=True) for place, column in zip(digits, columns, strict=True)]
         found.append((group, len(own), cells))
     return found
 

@@ -90,6 +90,7 @@ def evaluate_run(
     console.print(
         "Intervals: bootstrap over these rows, of this one run; they say nothing of other seeds.",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"evaluation  {output}", highlight=False, markup=False, soft_wrap=True)
     return found

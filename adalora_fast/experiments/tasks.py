@@ -284,7 +284,7 @@ def find_split_file(task: Task, split: str, data_dir: Path) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no {names[0]} or {names[1]} in {folder}; check --data-dir, the task and the split")
+    raise FileNotFoundError(f"no {names[0]} or {names[1]} in {folder}; check --data-dir, task and split")
 
 
 def _read_parquet(path: Path) -> "pyarrow.Table":

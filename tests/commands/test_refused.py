@@ -132,7 +132,7 @@ def test_report_of_a_foreign_result(capsys, here, content):
         (["--set", "epochs=many"], "epochs is 'many'; it must be a finite number"),
         (["--set", "precision=fp8"], "unknown precision 'fp8'; choose one of fp32, bf16, fp16"),
         (["--dtype", "float8"], "unknown dtype 'float8'"),
-        (["--attention", "fast"], "sst2/head: unknown attention 'fast'; choose "),
+        (["--attention", "fast"], "of type 'bert' cannot use attention 'fast' here; choose eager or sdpa"),
     ],
 )
 def test_mistakes_in_a_sweep(capsys, here, more, words):
