@@ -1,11 +1,11 @@
-"""The command line: `adalora-fast demo | train | sweep | report | analyze | soup | export | bench`.
+"""The command line: `adalora-fast demo | train | sweep | report | evaluate | analyze | soup | export` and
+`bench`.
 
 Every command is a frozen dataclass whose fields are its flags. Anything slow is imported when a command runs,
 so that `--help` answers at once. `adalora-fast` starts in `entry.py`, which looks first whether the packages
 that this file and the command need are installed.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +14,8 @@ import tyro
 
 from adalora_fast.bench.cli import Bench
 from adalora_fast.entry import carry_out
+from adalora_fast.experiments.cli import Evaluate
+from adalora_fast.experiments.cli import data_dir_of as _data_dir
 from adalora_fast.export_command import Export
 
 if TYPE_CHECKING:
@@ -158,10 +160,6 @@ class Sweep:
         return 1 if failed else 0
 
 
-def _data_dir(given: Path | None) -> Path | None:
-    return given or (Path(os.environ["ADALORA_FAST_DATA"]) if "ADALORA_FAST_DATA" in os.environ else None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Tables and pictures of a sweep; of any other folder, a table of the complete runs below it."""
@@ -276,6 +274,7 @@ COMMANDS = {
     "train": Train,
     "sweep": Sweep,
     "report": Report,
+    "evaluate": Evaluate,
     "analyze": Analyze,
     "soup": Soup,
     "export": tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Export),

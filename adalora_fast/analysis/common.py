@@ -39,7 +39,9 @@ def make_folder(output: Path | None) -> None:
 
 
 def header(runs: list[SavedRun], settings: RunSettings, precision: str) -> dict[str, Any]:
-    """What was compared, for result files: `metrics` are those that a run wrote of itself, by split."""
+    """What was compared, for result files: `metrics` are those that a run wrote of itself, by split, and
+    `rows` says on how many.
+    """
     return {
         "task": settings.task,
         "model": settings.model,
@@ -54,6 +56,7 @@ def header(runs: list[SavedRun], settings: RunSettings, precision: str) -> dict[
                 "target_r": run.settings.recipe.target_r,
                 "primary": run.result.get("primary"),
                 "metrics": run.result.get("metrics", {}),
+                "rows": {name: part["rows"] for name, part in run.result.get("splits", {}).items()},
             }
             for run, name, group in zip(runs, names_of(runs), groups_of(runs), strict=True)
         ],

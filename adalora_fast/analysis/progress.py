@@ -6,9 +6,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from adalora_fast.experiments.progress import is_watched, progress_bars
+from adalora_fast.experiments.progress import SECONDS, Pace, is_watched, progress_bars
 
-SECONDS = 60.0  # between lines
 Advance = Callable[[], None]
 
 
@@ -39,17 +38,15 @@ class AnalysisProgress:
             yield lambda: bars.advance(bar)
 
     def _lines(self, description: str, total: int) -> Advance:
-        started = said = time.monotonic()
-        done = 0
+        said, pace = time.monotonic(), Pace(total)
 
         def advance() -> None:
-            nonlocal done, said
-            done += 1
+            nonlocal said
+            pace.done += 1
             now = time.monotonic()
-            if now - said >= self.seconds and done < total:
+            if now - said >= self.seconds and pace.done < total:
                 said = now
-                left = (now - started) / done * (total - done)
-                self.say(f"{description}: {done} of {total}, {duration(left)} left")
+                self.say(f"{description}: {pace.done} of {total}, {pace.left()}")
 
         return advance
 
@@ -59,11 +56,3 @@ class Silent(AnalysisProgress):
 
     def __init__(self) -> None:
         super().__init__(Console(quiet=True))
-
-
-def duration(seconds: float) -> str:
-    """40 s, 12 min, 3 h 05 min."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -24,13 +24,11 @@ SEEDS = (
 
 def cka_report(result: Result) -> str:
     """cka.md from cka.json."""
-    split = result["rows"]["split"]
-    own = [run["metrics"].get(split, {}) for run in result["runs"]]
-    head, values = _scores(own)
+    head, values = _own_scores(result)
     within, others = _sides(result)
     rows = [
         [group, count, *cells, within[place], others[place]]
-        for place, (group, count, cells) in enumerate(_by_group(result, values))
+        for place, (group, count, cells) in enumerate(_by_group(result, head, values))
     ]
     runs = result["runs"]
     kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -42,9 +40,7 @@ def cka_report(result: Result) -> str:
         f"{_setting(result)} Layer {result['layer']}, means over a text's own tokens{estimate}.",
         markdown(["pairs of", "pairs", "CKA"], [[kind, len(v), _mean(v, 4)] for kind, v in kinds.items()]),
         markdown(["group", "runs", *head, "CKA within the group", "CKA to other groups"], rows),
-        "Loss and metrics are those that each run wrote of itself (mean ± standard deviation over its seeds, "
-        "metrics in points); PEFT's AdaLoRA includes its orthogonality term in its loss. CKA is the mean "
-        f"over pairs of different runs, with their number. {SEEDS}",
+        f"{_own_words(result)} CKA is the mean over pairs of different runs, with their number. {SEEDS}",
         _matrix(result),
         _study("CKA"),
     ]
@@ -53,12 +49,11 @@ def cka_report(result: Result) -> str:
 
 def connectivity_report(result: Result) -> str:
     """connectivity.md from connectivity.json."""
-    own = [{} if end is None else {"loss": end["loss"], **end["metrics"]} for end in result["ends"]]
-    head, values = _scores(own)
+    head, values = _own_scores(result)
     within, others = _sides(result)
     rows = [
         [group, count, *cells, within[place], others[place]]
-        for place, (group, count, cells) in enumerate(_by_group(result, values))
+        for place, (group, count, cells) in enumerate(_by_group(result, head, values))
     ]
     runs, paths = result["runs"], result["paths"]
     worst = max(paths, key=lambda path: path["convexity_gap"])
@@ -84,10 +79,11 @@ def connectivity_report(result: Result) -> str:
             ["pairs of", "paths", "convexity gap", "height", "loss barrier", "error barrier, points"], sides
         ),
         markdown(["group", "runs", *head, "gap within the group", "gap to other groups"], rows),
-        "Means over paths with their number, and over seeds ± standard deviation; loss and metrics (in "
-        "points) of the paths' ends. Gap and height are not below 0 by their definition; a barrier compares "
-        f"with the mean of both ends, so it is above 0 wherever these differ. {SEEDS}",
+        f"{_own_words(result)} The other columns are means over paths, with their number. Gap and height are "
+        "not below 0 by their definition; a barrier compares with the mean of both ends, so it is above 0 "
+        f"wherever these differ. {SEEDS}",
         _matrix(result),
+        _ends(result),
         _study(None),
     ]
     return "\n\n".join(text) + "\n"
@@ -122,10 +118,11 @@ def soup_report(result: Result) -> str:
         range(len(names)), key=lambda run: (-greedy[run], result["members"][run]["selection"]["loss"])
     )
     parts = result["rows"]
+    head, values = _own_scores(result)
     text = [
         f"# Soup of {len(names)} runs on {task_name(result['task'])}",
         f"Model {escape_markdown(result['model'])}, computed in {PRECISIONS[result['precision']]}. Chosen by "
-        f"the loss on {parts['selection']['rows']} rows, reported on {parts['report']['rows']} others"
+        f"the loss on {_rows(parts['selection'])}, reported on {_rows(parts['report'], 'others')}"
         f"{_sample(parts['report'])} "
         f"(selection: {result['selection']}).",
         markdown(["", *columns], [[name, *cells(of)] for name, of in candidates]),
@@ -135,6 +132,11 @@ def soup_report(result: Result) -> str:
         ),
         "Metrics in points. The greedy soup's loss on the selection rows is never above its best member's, "
         "by its recipe; on the reported rows it may be. The ensemble computes all members for every row.",
+        *(
+            [markdown(["group", "runs", *head], _own_rows(result, head, values)), _own_words(result)]
+            if head
+            else []
+        ),
         _study("soup"),
     ]
     if result["saved"] is not None:
@@ -156,6 +158,64 @@ def _setting(result: Result) -> str:
     )
 
 
+def _rows(part: Result, noun: str = "rows") -> str:
+    """Such as "204 rows of validation"; results of earlier versions do not say which split it was."""
+    return f"{part['rows']} {noun}" + (f" of {part['split']}" if "split" in part else "")
+
+
+def _own_scores(result: Result) -> tuple[list[str], list[list[float | None]]]:
+    """Column headings, and what each run wrote of itself: the same on every page about these runs, whatever
+    rows they are compared on. Of a task with several splits, every one has columns.
+    """
+    runs = result["runs"]
+    splits = list(dict.fromkeys(split for run in runs for split in run.get("metrics", {})))
+    head: list[str] = []
+    values: list[list[float | None]] = [[] for _ in runs]
+    for split in splits:
+        names, own = _scores([run["metrics"].get(split, {}) for run in runs])
+        head += [f"{name} ({split})" for name in names] if len(splits) > 1 else names
+        values = [[*before, *more] for before, more in zip(values, own, strict=True)]
+    return head, values
+
+
+def _own_rows(
+    result: Result, head: Sequence[str], values: Sequence[Sequence[float | None]]
+) -> list[list[Any]]:
+    """Rows of a table of these columns, a group each."""
+    groups = {"groups": list(dict.fromkeys(run["group"] for run in result["runs"]))}
+    return [[group, count, *cells] for group, count, cells in _by_group({**result, **groups}, head, values)]
+
+
+def _own_words(result: Result) -> str:
+    """What the columns of `_own_scores` are, and the rows that they were taken on."""
+    counts: dict[str, set[int]] = {}
+    for run in result["runs"]:
+        for split in run.get("metrics", {}):
+            counts.setdefault(split, set()).update(
+                {run["rows"][split]} if split in run.get("rows", {}) else set()
+            )
+    places = [
+        (f"{' or '.join(map(str, sorted(found)))} rows of {split}" if found else split)
+        for split, found in counts.items()
+    ]
+    return (
+        f"Loss and metrics of the runs are those that each of them wrote of itself (result.json), on "
+        f"{' and '.join(places)}, as mean ± standard deviation over its seeds, metrics in points; PEFT's "
+        "AdaLoRA includes its orthogonality term in its loss."
+    )
+
+
+def _ends(result: Result) -> str:
+    """The runs as they were computed here, which is what the measures of the paths are made of."""
+    own = [{} if end is None else {"loss": end["loss"], **end["metrics"]} for end in result["ends"]]
+    head, values = _scores(own)
+    return (
+        f"The same runs as ends of the paths, computed again on {_rows(result['rows'])} in "
+        f"{PRECISIONS[result['precision']]}:\n\n"
+        + markdown(["ends of paths", "runs", *head], _own_rows(result, head, values))
+    )
+
+
 def _sample(rows: Result) -> str:
     return " (a sample of the official data)" if rows["sample"] else ""
 
@@ -170,13 +230,16 @@ def _scores(own: Sequence[Mapping[str, float]]) -> tuple[list[str], list[list[fl
     return ["loss", *map(metric_name, metrics)], values
 
 
-def _by_group(result: Result, values: Sequence[Sequence[float | None]]) -> list[tuple[str, int, list[str]]]:
+def _by_group(
+    result: Result, head: Sequence[str], values: Sequence[Sequence[float | None]]
+) -> list[tuple[str, int, list[str]]]:
     """(group, how many runs, its columns as mean ± standard deviation)."""
+    digits = [3 if name.startswith("loss") else 2 for name in head]
     found = []
     for group in result["groups"]:
         own = [scores for run, scores in zip(result["runs"], values, strict=True) if run["group"] == group]
         columns = list(zip(*own, strict=True))
-        cells = [_mean(column, 3 if place == 0 else 2, spread=True) for place, column in enumerate(columns)]
+        cells = [_mean(column, place, spread=True) for place, column in zip(digits, columns, strict=True)]
         found.append((group, len(own), cells))
     return found
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adalora_fast.experiments.finished import open_finished
 from adalora_fast.experiments.fusion import TRAINED
-from adalora_fast.experiments.recipes import Recipe
-from adalora_fast.experiments.runs import RunSettings, read_object, working_of
+from adalora_fast.experiments.runs import RunSettings, read_object
 from adalora_fast.experiments.tasks import TASKS, Task, get_task
 from adalora_fast.integrations.files import CONFIG, WEIGHTS, file_within
 
@@ -69,16 +69,8 @@ def open_run(folder: Path | str) -> SavedRun:
         ValueError: files that are not a run's, a task whose rows cannot be read again or a translation, a
             method that changes no weights of the base, or a full model with other labels.
     """
-    path = Path(folder).expanduser().absolute()
-    if not path.is_dir():
-        if working_of(path).is_dir():
-            raise FileNotFoundError(f"the run {path} is not finished; let the command that began it go on")
-        raise FileNotFoundError(f"there is no run folder {path}; give one that train or sweep has written")
-    for name in ("config.json", "result.json"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} has no {name}, so it is no finished run; give another folder")
-    config, result = read_object(path / "config.json"), read_object(path / "result.json")
-    run = SavedRun(path=path, settings=_settings(config.get("settings"), path), result=result)
+    finished = open_finished(folder)
+    run = SavedRun(path=finished.path, settings=finished.settings, result=finished.result)
     _check_kind(run)
     task = run.task
     for name in FILES[run.settings.method]:
@@ -161,14 +153,3 @@ def _check_kind(run: SavedRun) -> None:
             f"{run.path} was trained with {method}, which leaves the base model's weights as they are, so it "
             f"cannot be mixed; give runs of {', '.join(FILES)}"
         )
-
-
-def _settings(content: Any, path: Path) -> RunSettings:
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        raise ValueError(f"{path / 'config.json'} holds no settings of a run; give another folder")
-    try:
-        return RunSettings(**content | {"recipe": Recipe(**content["recipe"])})
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path / 'config.json'} is not of this version ({error}); use the version that wrote it"
-        ) from error

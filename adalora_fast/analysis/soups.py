@@ -77,6 +77,11 @@ def make_soup(
         with shared.mixed(changes, weights) as mixed:
             return data.evaluate(mixed, part)
 
+    def split_of(part: str) -> str:
+        if part == "selection" and selection == "held_out":
+            return "train, held out"
+        return split or runs[0].task.evaluation[0]
+
     outputs, members = {"selection": [], "report": []}, []
     with progress.steps("runs", len(runs)) as advance:
         for change, name in zip(changes, names, strict=True):
@@ -96,7 +101,8 @@ def make_soup(
     uniform = uniform_soup(len(runs))
     result = {
         **header(runs, settings, precision),
-        "rows": data.describe(),
+        "rows": {part: {"split": split_of(part), **rows} for part, rows in data.describe().items()},
+        "settings": asdict(settings),
         "selection": selection,
         "members": members,
         "best_member": greedy.order[0],

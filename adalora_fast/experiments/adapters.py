@@ -9,7 +9,7 @@ from torch import nn
 
 from .arms import register_nulls
 from .bottleneck import add_bottlenecks, check_bottlenecks
-from .encoders import load_model
+from .encoders import load_model, outline_model
 from .families import family_of, is_of_head
 from .fusion import TRAINED, add_fusion
 from .quiet import without_model_bars
@@ -26,14 +26,25 @@ def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
     """The pretrained encoder with a fresh head for `task`, and its tokenizer."""
     return load_model(
         settings.model,
-        kind=task.kind,
-        labels=task.labels,
-        classifier_dropout=settings.recipe.classifier_dropout,
-        dropout=settings.recipe.dropout,
         dtype=settings.dtype,
         compute_dtype=COMPUTED_IN[settings.recipe.precision],
-        attention=settings.attention or fastest_attention(settings),
+        **_form(settings, task),
     )
+
+
+def outline_encoder(settings: RunSettings, task: Task) -> nn.Module:
+    """The same encoder on the meta device: its modules without their numbers."""
+    return outline_model(settings.model, **_form(settings, task))
+
+
+def _form(settings: RunSettings, task: Task) -> dict[str, Any]:
+    return {
+        "kind": task.kind,
+        "labels": task.labels,
+        "classifier_dropout": settings.recipe.classifier_dropout,
+        "dropout": settings.recipe.dropout,
+        "attention": settings.attention or fastest_attention(settings),
+    }
 
 
 def fastest_attention(settings: RunSettings) -> str | None:

@@ -21,6 +21,36 @@ def training_callbacks(settings: RunSettings) -> list[TrainerCallback]:
     return [PeftAllocation(**schedule)] if settings.method == "peft" else []
 
 
+def check_schedule(settings: RunSettings, total_step: int) -> None:
+    """ValueError where the budget cannot be moved in a run of so many steps, or not in this precision."""
+    recipe = settings.recipe
+    if settings.method not in ("adalora", "peft"):
+        return
+    if settings.method == "peft":
+        _check_precision(recipe.precision == "fp16")
+    tinit, tfinal = (_in_steps(steps, total_step) for steps in (recipe.tinit, recipe.tfinal))
+    BudgetSchedule(
+        initial=recipe.init_r,
+        target=recipe.target_r,
+        tinit=tinit,
+        tfinal=tfinal,
+        deltaT=recipe.deltaT,
+        total_step=total_step,
+    )
+
+
+def _check_precision(fp16: bool) -> None:
+    if fp16:
+        raise ValueError(
+            "PEFT's own AdaLoRA keeps an fp16 overflow in its statistics for good; use precision=bf16"
+        )
+
+
+def _in_steps(steps: int | float, total_step: int) -> int:
+    """A fraction of the run in steps; an integer is steps already."""
+    return int(steps * total_step) if isinstance(steps, float) else steps
+
+
 class PeftAllocation(TrainerCallback):
     """The control: PEFT's own allocator, called where it has to be, with the schedule fitted to the run."""
 
@@ -30,13 +60,9 @@ class PeftAllocation(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         tuner = model.base_model
         config = tuner.peft_config[tuner.trainable_adapter_name]
-        if args.fp16:
-            raise ValueError(
-                "PEFT's own AdaLoRA keeps an fp16 overflow in its statistics for good; use precision=bf16"
-            )
+        _check_precision(args.fp16)
         config.tinit, config.tfinal = (
-            int(steps * state.max_steps) if isinstance(steps, float) else steps
-            for steps in (self.tinit, self.tfinal)
+            _in_steps(steps, state.max_steps) for steps in (self.tinit, self.tfinal)
         )
         config.deltaT, config.total_step = self.deltaT, state.max_steps
         BudgetSchedule(  # refuses a schedule that does not fit, in one line, as for the other arms

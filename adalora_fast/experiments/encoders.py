@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from .families import Family, Kind, check_model_type, family_of, is_of_head
+from .families import Kind, check_model_type, family_of, is_of_head, set_dropout
 from .models import model_type_of, resolve_model
 from .quiet import without_model_bars
 
@@ -54,14 +54,9 @@ def load_model(
     the model does not have.
     """
     _check_options(kind, labels, dtype, compute_dtype, attention)
-    path = resolve_model(name)
-    if Path(path).is_dir():
-        model_type_of(path)  # says what is wrong with a config.json better than transformers does
     with _quiet():
-        config = _configuration(name, path, kind, labels)
-        check_model_type(name, config, kind)
-        family = family_of(_outline(name, config, kind, attention))
-        _set_dropout(config, family, kind, classifier_dropout, dropout)
+        path, config, outline = _outlined(name, kind, labels, classifier_dropout, dropout, attention)
+        family = family_of(outline)
         head = family.head_for(kind)
         quantisation = _four_bits(head, DTYPES[compute_dtype]) if dtype == QUANTISED else None
         model, report = _load(name, path, config, kind, attention, quantisation)
@@ -73,6 +68,41 @@ def load_model(
     elif dtype != "float32":
         cast_encoder(model, head, DTYPES[dtype])
     return model, tokenizer
+
+
+def outline_model(
+    name: str,
+    *,
+    kind: Kind,
+    labels: tuple[str, ...] = (),
+    classifier_dropout: float | None = None,
+    dropout: float | None = None,
+    attention: str | None = None,
+) -> nn.Module:
+    """The model that `load_model` gives, on the meta device: every module and name, but no numbers. Weights
+    and tokenizer are not looked for; otherwise the same errors.
+    """
+    with _quiet():
+        return _outlined(name, kind, labels, classifier_dropout, dropout, attention)[2]
+
+
+def _outlined(
+    name: str,
+    kind: Kind,
+    labels: tuple[str, ...],
+    classifier_dropout: float | None,
+    dropout: float | None,
+    attention: str | None,
+) -> tuple[str, Any, nn.Module]:
+    """(what `from_pretrained` is given, the configuration with these dropouts, the model on meta)."""
+    path = resolve_model(name)
+    if Path(path).is_dir():
+        model_type_of(path)  # says what is wrong with a config.json better than transformers does
+    config = _configuration(name, path, kind, labels)
+    check_model_type(name, config, kind)
+    outline = _outline(name, config, kind, attention)
+    set_dropout(config, family_of(outline), kind, classifier_dropout, dropout)
+    return path, config, outline
 
 
 def _four_bits(head: list[str], compute_dtype: torch.dtype) -> Any:
@@ -201,32 +231,6 @@ def _unreachable(name: str) -> FileNotFoundError:
 
 def _in_one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
-
-
-def _set_dropout(
-    config: Any, family: Family, kind: Kind, classifier_dropout: float | None, dropout: float | None
-) -> None:
-    """Write both into `config`, each without a change of the other."""
-    for option, value in (("classifier_dropout", classifier_dropout), ("dropout", dropout)):
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{option} is {value}; it must be between 0 and 1")
-    before_head = (
-        family.question_answering_dropout if kind == "question_answering" else family.classifier_dropout
-    )
-    if classifier_dropout is not None and before_head is None:
-        raise ValueError(
-            f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout of "
-            f"its own before its {kind.replace('_', ' ')} head; leave it out"
-        )
-    if before_head is not None:
-        if classifier_dropout is not None:
-            setattr(config, before_head, classifier_dropout)
-        elif getattr(config, before_head, None) is None and hasattr(config, "hidden_dropout_prob"):
-            # which it would follow, changed or not
-            setattr(config, before_head, config.hidden_dropout_prob)
-    if dropout is not None:
-        for field in family.dropout:
-            setattr(config, field, dropout)
 
 
 def _outline(name: str, config: Any, kind: Kind, attention: str | None) -> nn.Module:

@@ -243,3 +243,29 @@ def _matrix_of(suffix: str) -> str:
     return next(
         (matrix for naming in _NAMINGS for matrix, known in naming.items() if known == suffix), suffix
     )
+
+
+def set_dropout(
+    config: Any, family: Family, kind: Kind, classifier_dropout: float | None, dropout: float | None
+) -> None:
+    """Write both into `config`, each without a change of the other. ValueError where it cannot have one."""
+    for option, value in (("classifier_dropout", classifier_dropout), ("dropout", dropout)):
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{option} is {value}; it must be between 0 and 1")
+    before_head = (
+        family.question_answering_dropout if kind == "question_answering" else family.classifier_dropout
+    )
+    if classifier_dropout is not None and before_head is None:
+        raise ValueError(
+            f"classifier_dropout is {classifier_dropout}, but a {config.model_type} model has no dropout of "
+            f"its own before its {kind.replace('_', ' ')} head; leave it out"
+        )
+    if before_head is not None:
+        if classifier_dropout is not None:
+            setattr(config, before_head, classifier_dropout)
+        elif getattr(config, before_head, None) is None and hasattr(config, "hidden_dropout_prob"):
+            # which it would follow, changed or not
+            setattr(config, before_head, config.hidden_dropout_prob)
+    if dropout is not None:
+        for field in family.dropout:
+            setattr(config, field, dropout)

@@ -60,14 +60,22 @@ def add_fusion(model: nn.Module, settings: RunSettings) -> None:
     Raises:
         FileNotFoundError, ValueError: see `open_sources`; or a run's tensors are not those of this base.
     """
-    width = settings.recipe.bottleneck
     files = open_sources(settings)
     tensors = {file: read_tensors(file) for file in files}
-    for name, place in places_of(model).items():
-        sources = [Bottleneck(place.out_features, width) for _ in files]
-        for source, file in zip(sources, files, strict=True):
+    for name, fusion in put_fusions(model, len(files), settings.recipe.bottleneck).items():
+        for source, file in zip(fusion.sources, files, strict=True):
             _load(source, f"{name}.adapter.", tensors[file], file)
-        put_after(place, Fusion(sources))
+
+
+def put_fusions(model: nn.Module, count: int, width: int) -> dict[str, Fusion]:
+    """In place: a fusion of `count` new bottlenecks of `width` at every place of `model`. By the names of the
+    places.
+    """
+    fusions = {}
+    for name, place in places_of(model).items():
+        fusions[name] = Fusion([Bottleneck(place.out_features, width) for _ in range(count)])
+        put_after(place, fusions[name])
+    return fusions
 
 
 def _load(source: Bottleneck, prefix: str, tensors: dict[str, Tensor], file: Path) -> None:

@@ -1,31 +1,32 @@
 """What is written down while a run trains: losses and evaluations, and where the rank budget goes."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback
 
-from adalora_fast.environment import write_text
-
+from .lines import append_line, read_lines, write_lines
 from .progress import TrainingProgress
 from .runs import RunFolder, RunSettings
+from .stopwatch import Stopwatch
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (a line per log step or evaluation) and, where ranks are allocated,
-    allocation.jsonl (budget, ranks and spread of the importance scores per log step), and moves the progress
-    bar.
+    """Writes metrics.jsonl (a line per log step or evaluation, with the seconds until then) and, where ranks
+    are allocated, allocation.jsonl (budget, ranks and spread of the importance scores per log step), and
+    moves the progress display.
     """
 
-    def __init__(self, folder: RunFolder, settings: RunSettings, progress: TrainingProgress) -> None:
+    def __init__(
+        self, folder: RunFolder, settings: RunSettings, progress: TrainingProgress, watch: Stopwatch
+    ) -> None:
         self.path = folder.working / "metrics.jsonl"
         self.allocation = folder.working / "allocation.jsonl"
         self.settings = settings
         self.progress = progress
+        self.watch = watch
         self.evaluations: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -39,10 +40,17 @@ class Recorder(TrainerCallback):
             if self.allocation.is_file():
                 before = [line for line in read_lines(self.allocation) if line["step"] <= state.global_step]
                 write_lines(self.allocation, before)
+        self.watch.begin_training()
         self.progress.start_run(self.settings.label, state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.advance()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.pulse("evaluating")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.end_training()
 
     def on_log(
         self,
@@ -53,7 +61,7 @@ class Recorder(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        line: dict[str, Any] = {"step": state.global_step, **(logs or {})}
+        line: dict[str, Any] = {"step": state.global_step, **(logs or {}), **self.watch.now()}
         if "loss" in line:
             self.progress.note(f"loss {float(line['loss']):.3f}")
         if any(key.startswith("eval_") for key in line):
@@ -110,24 +118,3 @@ def allocation_now(model: Any) -> dict[str, Any]:
             line["scores"] = {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
             line["scores"]["lowest_kept"] = float(values[kept].min())
     return line
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line, default=float) + "\n")
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, up to one that was cut off; none where there is no file."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines

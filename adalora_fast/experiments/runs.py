@@ -147,9 +147,9 @@ class RunFolder:
         """result.json of a complete run; ValueError where it is none."""
         return read_result(self.path)
 
-    def start(self, *, resumes: bool = False) -> None:
+    def start(self, *, resumes: bool = False, at: dict[str, Any] | None = None) -> None:
         """Make the working folder, with config.json in it. One left by an interrupted run is taken over; a
-        run that `resumes` adds where it goes on to what is written there.
+        run that `resumes` adds the machine on which it goes on, and what `at` says, to what is written there.
         """
         if not is_main_process():
             return
@@ -159,7 +159,7 @@ class RunFolder:
             here = environment()
             if resumes and file.is_file():
                 before = read_object(file)
-                write_json(file, before | {"resumed": [*before.get("resumed", []), here]})
+                write_json(file, before | {"resumed": [*before.get("resumed", []), here | (at or {})]})
             else:
                 write_json(file, {"settings": asdict(self.settings), "environment": here})
 

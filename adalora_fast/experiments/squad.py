@@ -75,8 +75,9 @@ class EvaluationFeatures:
         return len(self.example)
 
 
-def load_questions(task: Task, split: str, data_dir: Path | None) -> QuestionSplit:
-    """Read `DIR/<task>/<split>.parquet` (or a sample, as `tasks.find_split_file` does), or the hub for None.
+def load_questions(task: Task, split: str | Path, data_dir: Path | None) -> QuestionSplit:
+    """Read `DIR/<task>/<split>.parquet` (or a sample, as `tasks.find_split_file` does), or the hub for None;
+    a Path as `split` is that file.
 
     An answer that is not where its row says is moved to the nearest place where it is. ValueError names the
     row that has none, or whose columns are not texts; FileNotFoundError a file or hub that is not there.

@@ -259,10 +259,8 @@ def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = N
             "a sweep is not for torchrun; start its command several times, or give --ray, and each process "
             "takes runs of its own"
         )
-    resolve_model(plan.model)
-    for task in plan.tasks:
-        check_data(plan, task)
     output = output.expanduser().absolute()
+    check_plan(plan, output, console)
     write_plan(plan, output)
     failed = 0
     rates = None
@@ -287,11 +285,16 @@ def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = N
     return failed
 
 
-def check_data(plan: Plan, task: str) -> None:
-    """Every mistake in a task's data shows before the first run."""
-    from .workloads import load_workload
+def check_plan(plan: Plan, output: Path, console: Console) -> None:
+    """Whatever would fail in every run, or in every run of an arm, shows before the first one."""
+    resolve_model(plan.model)
+    planned = [*plan.tuning_runs(output), *plan.runs(output)]
+    left = [run.settings for run in planned if not (run.path / "result.json").is_file()]
+    if left:
+        console.print("checking the model, the data and the arms", highlight=False)
+    from .preflight import check_runs
 
-    load_workload(plan.settings(task, plan.arms[0], plan.seeds[0]))
+    check_runs(left, output)
 
 
 def carry_out(runs: list[Planned], console: Console, *, ray: str | None = None, title: str = "sweep") -> int:

@@ -234,8 +234,10 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
-    """Read one split from `data_dir`, or from the hub where it is None, and check every label."""
+def load_split(task: Task, split: str | Path, data_dir: Path | None) -> Split:
+    """Read one split from `data_dir`, or from the hub where it is None, and check every label. A Path as
+    `split` is that parquet file.
+    """
     table, source, sample = read_table(task, split, data_dir, (*task.text_columns, "label"))
     labels = table.column("label").to_pylist()
     _check_labels(task, labels, source)
@@ -250,12 +252,16 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Split:
 
 
 def read_table(
-    task: Task, split: str, data_dir: Path | None, columns: Sequence[str]
+    task: Task, split: str | Path, data_dir: Path | None, columns: Sequence[str]
 ) -> tuple["pyarrow.Table", str, bool]:
     """(the table, where it is from, whether it is a sample) of one split that has these columns and some
-    rows.
+    rows. A Path as `split` is that file.
     """
-    if data_dir is None:
+    if isinstance(split, Path):
+        if not split.is_file():
+            raise FileNotFoundError(f"there is no file {split}; check --file")
+        table, source, sample = _read_parquet(split), str(split), False
+    elif data_dir is None:
         table, source, sample = _read_hub(task, split), f"{'/'.join(task.hub_address)}:{split}", False
     else:
         path = find_split_file(task, split, Path(data_dir).expanduser())
@@ -278,7 +284,7 @@ def find_split_file(task: Task, split: str, data_dir: Path) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no {names[0]} or {names[1]} in {folder}; check --data-dir and --task")
+    raise FileNotFoundError(f"no {names[0]} or {names[1]} in {folder}; check --data-dir, task and split")
 
 
 def _read_parquet(path: Path) -> "pyarrow.Table":
@@ -318,6 +324,11 @@ def _check_labels(task: Task, labels: list, source: str) -> None:
     else:
         allowed = f"an integer from 0 to {task.num_labels - 1}"
         bad = [row for row, y in enumerate(labels) if not _is_number(y, int) or not 0 <= y < task.num_labels]
+    if bad and all(label == -1 for label in labels):
+        raise ValueError(
+            f"{source} has no labels: all are -1, as in the test splits of GLUE, whose labels are not "
+            "published; give labelled rows"
+        )
     if bad:
         raise ValueError(
             f"{source} row {bad[0]}: label {labels[bad[0]]!r} is not {allowed}; fix or remove that row"

@@ -46,8 +46,9 @@ class PairSplit(Rows):
         return [text.strip() for text in self.sources]
 
 
-def load_pairs(task: Task, split: str, data_dir: Path | None) -> PairSplit:
-    """Read `DIR/<task>/<split>.parquet` (or a sample, as `tasks.find_split_file` does), or the hub for None.
+def load_pairs(task: Task, split: str | Path, data_dir: Path | None) -> PairSplit:
+    """Read `DIR/<task>/<split>.parquet` (or a sample, as `tasks.find_split_file` does), or the hub for None;
+    a Path as `split` is that file.
 
     ValueError names the row that does not have a text in both languages; FileNotFoundError a file or hub that
     is not there.

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -148,12 +148,12 @@ def cached(
         return Dataset.from_dict(encode())
     made_by = [vocabulary_of(tokenizer), tokenizer.model_input_names, tokenizer.padding_side]
     parts = json.dumps([content, made_by, settings], sort_keys=True, default=str)
-    folder = Path(os.environ.get("ADALORA_FAST_CACHE", "~/.cache/adalora_fast")).expanduser()
+    folder = cache_folder()
     path = folder / f"tokens-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
     if not path.is_dir():
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         _remove_old_drafts(folder)
-        with writing_to(folder, "set ADALORA_FAST_CACHE to another folder", "keep tokens in"):
+        with keeping_tokens(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 with without_table_bars():
@@ -163,6 +163,16 @@ def cached(
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return Dataset.load_from_disk(path)
+
+
+def cache_folder() -> Path:
+    """Where long token tables are kept."""
+    return Path(os.environ.get("ADALORA_FAST_CACHE", "~/.cache/adalora_fast")).expanduser()
+
+
+def keeping_tokens(folder: Path) -> AbstractContextManager[None]:
+    """An error of the file system in here says how to keep the tables elsewhere."""
+    return writing_to(folder, "set ADALORA_FAST_CACHE to another folder", "keep tokens in")
 
 
 def _remove_old_drafts(folder: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from adalora_fast.analysis import progress
-from adalora_fast.analysis.progress import AnalysisProgress, Silent, duration
+from adalora_fast.analysis.progress import AnalysisProgress, Silent
+from adalora_fast.experiments.progress import duration
 from tests.experiments.tiny import printed, quiet_console
 
 

@@ -114,3 +114,43 @@ def test_the_same_json_gives_the_same_words_beside_the_study(report, result):
     else:
         assert "| LoRA, rank 8 | 0.256 | 89.1 | 85.6 |" in after
     assert ("| 0.695 |" in after) == (report is cka_report)
+
+
+def test_the_three_pages_show_the_same_figures_of_the_same_runs():
+    """What each run wrote of itself, with its rows, whatever rows and precision the comparison has."""
+    runs = copy.deepcopy(CKA["runs"])
+    for run in runs:
+        run["rows"] = {"train": 3668, "validation": 408}
+    part = {"split": "train", "rows": 100, "sample": False}
+    judged = {"loss": 0.9, "metrics": {"accuracy": 0.1}}
+    members = [{"selection": judged, "report": judged}] * len(runs)
+    mixed = {"weights": [1.0] + [0.0] * (len(runs) - 1), "selection": judged, "report": judged}
+    pages = [
+        cka_report(CKA | {"runs": runs, "rows": part}),
+        connectivity_report(PATHS | {"runs": runs, "rows": part, "precision": "bf16"}),
+        soup_report(
+            soup()
+            | {"runs": runs, "rows": {"selection": part, "report": part}, "members": members, "saved": None}
+            | {"greedy": mixed, "uniform": mixed, "best_member": 0}
+        ),
+    ]
+    for group in ("lora-r4", "full", "fis\\|her"):
+        assert {tuple(cells(text, group)[:4]) for text in pages} == {
+            (group, "2", "0.450 ± 0.071", "80.50 ± 0.71")
+        }
+    for text in pages:
+        assert "those that each of them wrote of itself (result.json), on 408 rows of validation" in text
+        assert "100 rows of train" in text
+    assert "ends of the paths, computed again on 100 rows of train in bfloat16 matrix products" in pages[1]
+    assert "Chosen by the loss on 100 rows of train, reported on 100 others of train" in pages[2]
+
+
+def test_a_task_with_two_splits_and_runs_on_different_numbers_of_rows():
+    runs = copy.deepcopy(CKA["runs"])
+    for place, run in enumerate(runs):
+        both = {"matched": {"accuracy": 0.8, "loss": 0.4}, "mismatched": {"accuracy": 0.7, "loss": 0.5}}
+        run |= {"metrics": both, "rows": {"matched": 100 + 100 * (place % 2), "mismatched": 50}}
+    text = cka_report(CKA | {"runs": runs})
+    assert "| group | runs | loss (matched) | accuracy (matched) | loss (mismatched) | accuracy (mism" in text
+    assert cells(text, "full")[2:6] == ["0.400 ± 0.000", "80.00 ± 0.00", "0.500 ± 0.000", "70.00 ± 0.00"]
+    assert "on 100 or 200 rows of matched and 50 rows of mismatched" in text

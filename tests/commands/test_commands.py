@@ -11,6 +11,7 @@ import pytest
 from adalora_fast import cli
 from adalora_fast.experiments import single
 from tests.commands.calling import ROOT, SETTINGS, refused, run, sweep, train
+from tests.experiments.tiny import write_parquet
 
 
 def test_train_again_and_report(capsys, here):
@@ -25,6 +26,25 @@ def test_train_again_and_report(capsys, here):
     assert (here / "out" / "result.json").stat().st_mtime_ns == before
     code, out, err = run(capsys, ["report", "."])
     assert code == 0 and "fisher" in out and f"{result['primary']:.3f}" in out and err == ""
+
+
+def test_evaluate(capsys, here):
+    """A run of `train` on a file of labelled rows: the table, the folder; and the same again from there."""
+    assert cli.main(train("--method", "lora")) == 0
+    capsys.readouterr()
+    rows = write_parquet(here / "rows.parquet", sentence=["old moon", "warm soup"], label=[0, 1])
+    code, out, err = run(capsys, ["evaluate", "out", "--file", "rows.parquet"])
+    assert code == 0 and err == ""
+    assert "rows.parquet" in out and "accuracy" in out and "95% interval" in out
+    found = json.loads((here / "out" / "evaluations" / "rows" / "evaluation.json").read_text())
+    assert found["splits"]["file"]["source"] == rows.name and found["splits"]["file"]["rows"] == 2
+    code, again, err = run(capsys, ["evaluate", "out", "--file", "rows.parquet"])
+    assert (
+        code == 0 and "evaluated before, in" in again and f"{found['metrics']['file']['loss']:.4f}" in again
+    )
+    code, out, _ = run(capsys, ["evaluate", "out", "--split", "train"])
+    assert code == 0 and "training" in out
+    assert cli.main(train("--method", "lora")) == 0  # the run is still the complete one
 
 
 def test_the_recipes_model_unless_another_is_named(here, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from adalora_fast import cli
-from tests.commands.calling import left_behind, refused, run, sweep, train
+from tests.commands.calling import left_behind, refused, sweep, train
 from tests.experiments.tiny import write_parquet
 
 
@@ -132,7 +132,7 @@ def test_report_of_a_foreign_result(capsys, here, content):
         (["--set", "epochs=many"], "epochs is 'many'; it must be a finite number"),
         (["--set", "precision=fp8"], "unknown precision 'fp8'; choose one of fp32, bf16, fp16"),
         (["--dtype", "float8"], "unknown dtype 'float8'"),
-        (["--attention", "fast"], "attention"),
+        (["--attention", "fast"], "of type 'bert' cannot use attention 'fast' here; choose eager or sdpa"),
     ],
 )
 def test_mistakes_in_a_sweep(capsys, here, more, words):
@@ -140,12 +140,36 @@ def test_mistakes_in_a_sweep(capsys, here, more, words):
     for name, value in (("--tasks", "sst2"), ("--arms", "head"), ("--seeds", "0")):
         if name not in more:
             arguments += [name, value]
-    if words == "attention":  # found when the model is loaded, and recorded as that run's error
-        code, out, _ = run(capsys, arguments)
-        assert code == 1 and "failed: sst2/head-seed0: ValueError:" in out and "fast" in out
-        return
     assert words in refused(capsys, arguments)
     assert left_behind(here) == []
+
+
+def test_a_model_that_no_run_of_a_sweep_could_load(capsys, here):
+    """One line before the first run, instead of one failure for each."""
+    line = refused(
+        capsys,
+        sweep("--tasks", "sst2", "--arms", "head", "lora", "--seeds", "0", "1", model="nobody/nothing"),
+    )
+    assert "the model 'nobody/nothing' is not reachable; give --model minilm" in line
+    assert left_behind(here) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["nowhere"], "there is no run folder {here}/nowhere; give one that train or sweep has written"),
+        (["data"], "{here}/data has no config.json, so it is no finished run"),
+        (["begun"], "the run {here}/begun is not finished; let the command that began it go on"),
+        (
+            ["data", "--file", "a", "--split", "b"],
+            "the file a and the split 'b' are given; leave one of",
+        ),
+    ],
+)
+def test_nothing_to_evaluate(capsys, here, more, words):
+    (here / ".begun.partial").mkdir()
+    assert words.format(here=here) in refused(capsys, ["evaluate", *more])
+    assert left_behind(here) == [".begun.partial"]
 
 
 def test_runs_that_cannot_be_compared(capsys, here):

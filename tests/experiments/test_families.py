@@ -25,7 +25,7 @@ from adalora_fast.experiments.families import (
     position_limit,
 )
 from adalora_fast.experiments.tasks import TASKS
-from adalora_fast.experiments.training import EverythingLearns
+from adalora_fast.experiments.trainer import EverythingLearns
 from tests.experiments.tiny import LAYERS, RECIPE, encoder_config, save_encoder
 from tests.experiments.training import settings, train
 

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from adalora_fast.experiments import progress as module
 from adalora_fast.experiments.progress import TrainingProgress
 from tests.experiments.tiny import printed, quiet_console
 
@@ -29,6 +30,59 @@ def test_without_a_terminal_one_line_per_run():
         progress.count("reading", 2, 2)
         two_runs(progress)
     assert printed(console) == "first: done\nsecond: done\n"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that go by when they are told to."""
+    time = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
+    return time
+
+
+def test_without_a_terminal_a_line_a_minute_with_the_time_left(clock):
+    console = quiet_console()
+    with TrainingProgress(console=console) as progress:
+        progress.start_run("fisher", 100, done=10)
+        for step in range(90):
+            clock[0] += 7
+            progress.note(f"loss {step}.5")
+            progress.advance()
+        for _ in range(10):  # the last evaluation has no steps
+            clock[0] += 7
+            progress.pulse("evaluating")
+        progress.finish_run("fisher: done")
+    said = printed(console).splitlines()
+    assert said[:2] == [
+        "fisher: step 19 of 100, loss 8.5, 9 min left",
+        "fisher: step 28 of 100, loss 17.5, 8 min left",
+    ]
+    assert said[-2:] == ["fisher: step 100 of 100, evaluating", "fisher: done"]
+    assert len(said) == 12
+
+
+def test_without_a_terminal_the_time_left_of_all_runs(clock):
+    console = quiet_console()
+    with TrainingProgress(runs=3, console=console) as progress:
+        for label in ("first", "second", "third"):
+            progress.start_run(label, 20)
+            for _ in range(20):
+                clock[0] += 20
+                progress.advance()
+            progress.finish_run(f"{label}: done")
+    said = printed(console).splitlines()
+    assert said[0] == "run 1 of 3, first: step 3 of 20, 6 min left (19 min left of all)"
+    assert said[7] == "run 2 of 3, second: step 3 of 20, 6 min left (12 min left of all)"
+    assert sum("second" in line for line in said) == 7  # six of them, and the last one
+
+
+def test_reading_files_says_how_far_it_is(clock):
+    console = quiet_console()
+    with TrainingProgress(console=console) as progress:
+        for done in range(1, 11):
+            clock[0] += 30
+            progress.count("reading", done, 10)
+    assert printed(console).splitlines()[0] == "reading: 2 of 10"
 
 
 def test_bars_of_all_runs_and_of_the_one_at_work():

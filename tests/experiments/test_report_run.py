@@ -2,7 +2,7 @@
 
 import json
 
-from adalora_fast.experiments.report.sections_run import what_was_run
+from adalora_fast.experiments.report.sections_run import costs, what_was_run
 from adalora_fast.experiments.report.sweep import read_sweep
 from tests.experiments.sweeps import write_json, write_plan, write_sweep
 
@@ -55,6 +55,35 @@ def test_what_was_changed_from_the_recipe(tmp_path):
     changed = {"overrides": {"train_rows": 2000, "epochs": 5}}
     folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0], plan=changed)
     assert "whatever is said of it above: train_rows = 2000, epochs = 5." in what_was_run(read_sweep(folder))
+
+
+def test_what_equals_the_recipe_is_no_change(tmp_path):
+    """Of the overrides, only those that differ from the recipe for some task and arm are named."""
+    recipe = {
+        "defaults": {"epochs": 3, "learning_rate": 1e-3},
+        "tasks": {"rte": {"epochs": 5}},
+        "arms": {"lora": {"matrices": ["query"]}},
+    }
+    same = {"overrides": {"epochs": 3.0, "learning_rate": 0.001}, "recipe": recipe}
+    folder = write_sweep(tmp_path / "a", {"lora": 0.8}, tasks=["mrpc"], seeds=[0], plan=same)
+    assert "Changed from the recipe" not in what_was_run(read_sweep(folder))
+    folder = write_sweep(tmp_path / "b", {"lora": 0.8}, tasks=["mrpc", "rte"], seeds=[0], plan=same)
+    assert "whatever is said of it above: epochs = 3.0.**" in what_was_run(read_sweep(folder))
+    same["overrides"] = {"matrices": ["query"], "init_r": 16, "batch_size": 8}  # init_r is the default
+    folder = write_sweep(tmp_path / "c", {"lora": 0.8}, tasks=["mrpc"], seeds=[0], plan=same)
+    assert "whatever is said of it above: batch_size = 8.**" in what_was_run(read_sweep(folder))
+
+
+def test_seconds_of_resumed_runs(tmp_path):
+    """Of all parts where the run wrote them; a run that wrote those of its last part is left out."""
+    folder = write_sweep(tmp_path, {"lora": 0.8}, tasks=["rte"], seeds=[0, 1, 2])
+    for seed, more in ((0, {"part_seconds": [100.0, 12.0], "seconds": 112.0}), (1, {})):
+        path = folder / "rte" / f"lora-seed{seed}" / "result.json"
+        write_json(path, json.loads(path.read_text()) | {"resumed": True} | more)
+    text = costs(read_sweep(folder))
+    assert "| 62 |" in text  # the mean of 112 and 12.5
+    assert "1 run(s) were resumed, and their seconds are those of all parts" in text
+    assert "1 run(s) were resumed, and their seconds, those of the last part, are left out" in text
 
 
 def settings_of(folder):

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from adalora_fast.experiments import training
-from tests.experiments.tiny import RECIPE, write_sst2
+from adalora_fast.experiments import stopwatch, training
+from adalora_fast.experiments.progress import TrainingProgress
+from tests.experiments.tiny import RECIPE, printed, quiet_console, write_sst2
 from tests.experiments.training import StopAfter, lines, read, settings, train, without_times
 
 RECIPE_OF_THREE = replace(RECIPE, epochs=3)  # of four steps each, the last one of four rows
@@ -123,6 +124,61 @@ def test_the_mean_training_loss(run, whole, tmp_path):
     interrupt(run(), tmp_path / "run", 6)
     result = train(run(), tmp_path / "run")
     assert result["train_loss"] == pytest.approx(read(whole(), "result.json")["train_loss"], rel=1e-4)
+
+
+class Hours(StopAfter):
+    """Every step takes an hour."""
+
+    def __init__(self, steps, time):
+        super().__init__(steps)
+        self.time = time
+
+    def advance(self):
+        self.time[0] += 3600
+        super().advance()
+
+
+def test_a_resumed_run_says_so_and_has_the_seconds_of_all_parts(run, tmp_path, monkeypatch):
+    """Of four steps an epoch: two are lost twice, and counted where they are repeated."""
+    time = [0.0]
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: time[0])
+    for _ in range(2):  # from step 0 to 6 (4 are kept), from 4 to 10 (8 are kept)
+        with pytest.raises(KeyboardInterrupt):
+            train(run(), tmp_path / "run", progress=Hours(6, time))
+    last = Hours(100, time)
+    result = train(run(), tmp_path / "run", progress=last)
+    assert result["seconds"] == result["train_seconds"] == 12 * 3600
+    assert result["part_seconds"] == [4 * 3600, 4 * 3600, 4 * 3600] and result["resumed"]
+    said = printed(last.console).splitlines()
+    assert said == [
+        "sensitivity: resumed after step 8, 8 h 00 min so far",
+        f"sensitivity: accuracy {result['primary']:.3f}, total rank 24, 43200 s in 3 parts",
+    ]
+    assert [(part["step"], part["seconds"]) for part in read(tmp_path / "run", "config.json")["resumed"]] == [
+        (4, 4 * 3600),
+        (8, 8 * 3600),
+    ]
+
+
+def test_a_part_of_a_version_that_wrote_no_seconds(run, tmp_path):
+    """Then those of the whole run are not known, and it says so."""
+    interrupt(run("lora"), tmp_path / "run", 6)
+    log = tmp_path / ".run.partial" / "metrics.jsonl"
+    log.write_text("".join(json.dumps(without_times(line)) + "\n" for line in lines(log.parent)))
+    interrupt(run("lora"), tmp_path / "run", 6)  # and stays so, whatever the next one writes
+    console = quiet_console()
+    with TrainingProgress(console=console) as progress:
+        result = train(run("lora"), tmp_path / "run", progress=progress)
+    assert "part_seconds" not in result and "(of the last part)" in printed(console)
+
+
+def test_what_begins_again_says_so(run, tmp_path):
+    interrupt(run("peft"), tmp_path / "run", 6)
+    console = quiet_console()
+    with TrainingProgress(console=console) as progress:
+        result = train(run("peft"), tmp_path / "run", progress=progress)
+    assert "peft-adalora: begins again, as what was interrupted left no checkpoint" in printed(console)
+    assert not result["resumed"] and "part_seconds" not in result
 
 
 def test_a_run_that_is_not_resumable_begins_again(run, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adalora_fast.experiments import training
+from adalora_fast.experiments import trainer, training
 from adalora_fast.experiments.adapters import adapt, load_encoder
 from tests.experiments.tiny import LAYERS, RECIPE, WIDTH, printed, quiet_console, write_parquet, write_sst2
 from tests.experiments.training import TASK, files, lines, read, settings, strict_json, train, without_times
@@ -302,14 +302,14 @@ def test_texts_are_cut_to_the_recipe_length(encoder, data_dir):
 def test_every_arm_sees_the_same_batches(encoder, data_dir, tmp_path, monkeypatch):
     """Whatever random numbers an arm draws for its adapters: the seed and the epoch decide the order."""
     orders = []
-    iterate = training.PairedOrder.__iter__
+    iterate = trainer.PairedOrder.__iter__
 
     def watch(self):
         order = list(iterate(self))
         orders.append((self.epoch, order))
         return iter(order)
 
-    monkeypatch.setattr(training.PairedOrder, "__iter__", watch)
+    monkeypatch.setattr(trainer.PairedOrder, "__iter__", watch)
     for number, options in enumerate(({"method": "lora"}, {"method": "head"}, {"method": "head", "seed": 1})):
         train(settings(encoder, data_dir, **options), tmp_path / str(number), resumable=False)
     lora, head, other = orders[:2], orders[2:4], orders[4:]

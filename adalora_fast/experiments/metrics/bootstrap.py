@@ -98,7 +98,8 @@ def statistic(name: str) -> Statistic:
     Names: those of `METRICS`, and "mean" (also called "exact_match"), the weighted mean of one score per
     example in `predictions`, whose labels are not looked at and may be None: it is the statistic of both
     per-question scores of question answering. ("f1" is the F1 of class 1 of a classification.) "bleu" is
-    corpus BLEU of the counts [N, 10] of `translation.bleu_statistics` as predictions, without labels, too.
+    corpus BLEU of the counts [N, 10] of `translation.bleu_statistics` as predictions, without labels, too,
+    and "chrf" corpus chrF of those of `translation.chrf_statistics` [N, 18].
 
     ValueError for an unknown name, no examples, unequal lengths, values that are not finite, labels other
     than 0 and 1 for "f1", negative or fractional counts, and an empty resample.
@@ -106,12 +107,11 @@ def statistic(name: str) -> Statistic:
     if name not in _KERNELS:
         raise ValueError(f"unknown metric {name!r}; choose one of {', '.join(_KERNELS)}")
     kernel = _KERNELS[name]
-    labelled = kernel not in (_mean, _bleu)
-    checked = (
-        translation.checked_statistics
-        if kernel is _bleu
-        else partial(glue_core.checked_column, name="predictions")
-    )
+    labelled = kernel not in (_mean, _bleu, _chrf)
+    checked = {
+        _bleu: translation.checked_statistics,
+        _chrf: partial(translation.checked_statistics, columns=3 * translation.CHARACTERS),
+    }.get(kernel, partial(glue_core.checked_column, name="predictions"))
 
     def evaluate(labels: np.ndarray | None, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
         predictions = checked(predictions)
@@ -138,7 +138,7 @@ def resampled(
     """
     evaluate = statistic(name)
     predictions = np.asarray(predictions)
-    of_one = 2 if _KERNELS[name] is _bleu else 1
+    of_one = 2 if _KERNELS[name] in (_bleu, _chrf) else 1
     if predictions.ndim == of_one:
         return evaluate(labels, predictions, counts)
     if predictions.ndim != of_one + 1:
@@ -188,6 +188,10 @@ def _bleu(labels: np.ndarray | None, statistics: np.ndarray, counts: np.ndarray)
     return translation.bleu_of_sums(counts @ statistics)
 
 
+def _chrf(labels: np.ndarray | None, statistics: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return translation.chrf_of_sums(counts @ statistics)
+
+
 def _pearson_spearman(labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return (_pearson(labels, predictions, counts) + _spearman(labels, predictions, counts)) / 2
 
@@ -202,6 +206,7 @@ _KERNELS: dict[str, Statistic] = {
     "mean": _mean,
     "exact_match": _mean,
     "bleu": _bleu,
+    "chrf": _chrf,
 }
 
 

@@ -1,7 +1,7 @@
-"""BLEU and chrF of translations, by sacrebleu, and BLEU from counts per sentence, for the bootstrap.
+"""BLEU and chrF of translations, by sacrebleu, and both from counts per sentence, for the bootstrap.
 
-BLEU (Papineni et al., ACL 2002) is no mean over sentences, but a function of sums over them: what a sentence
-adds to these sums is enough to evaluate any resample exactly. Everything is in sacrebleu's default form: its
+BLEU (Papineni et al., ACL 2002) and chrF are functions of sums over sentences: what a sentence adds to these
+sums is enough to evaluate any resample exactly. Everything is in sacrebleu's default form: its
 13a tokenisation, case kept, n-grams up to 4, exponential smoothing (signature nrefs:1|case:mixed|eff:no|
 tok:13a|smooth:exp; M. Post, WMT 2018), and one reference per sentence.
 
@@ -9,12 +9,15 @@ Shapes: N sentences, B resamples.
 """
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 ORDERS = 4
 COLUMNS = 2 + 2 * ORDERS
+CHARACTERS = 6  # orders of chrF
+BETA = 2  # of chrF: recall counts twice as much
 
 
 def check_installed() -> None:
@@ -84,16 +87,55 @@ def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
     return np.where(defined, np.exp(np.minimum(0.0, 1.0 - shortness) + np.log(precisions).mean(axis=1)), 0.0)
 
 
-def checked_statistics(values: np.ndarray) -> np.ndarray:
-    """`values` as float64 [N, 10], N > 0, no count negative; whole numbers are exact in float64."""
+def chrf_statistics(translations: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """What each sentence adds to chrF: [N, 18] int64.
+
+    The columns are, for n-grams of characters without white space, n = 1 … 6: those of the translation (0
+    where the reference has none), those of the reference, and those that both have. ValueError as `bleu`.
+    """
+    _check(translations, references)
+    rows = []
+    for pair in zip(translations, references, strict=True):
+        row: list[int] = []
+        for n in range(1, CHARACTERS + 1):
+            own, other = (_character_ngrams(text, n) for text in pair)
+            row += [own.total() if other else 0, other.total(), (own & other).total()]
+        rows.append(row)
+    return np.array(rows, dtype=np.int64)
+
+
+def chrf_of_sums(sums: np.ndarray) -> np.ndarray:
+    """chrF2 [B] as fractions, float64, from sums of `chrf_statistics` over sentences [B, 18].
+
+    (1 + β²) P R / (β² P + R), with precision P and recall R as means over the orders of which both sides have
+    n-grams; 0 where nothing is in common.
+    """
+    own, other, common = np.moveaxis(np.asarray(sums, np.float64).reshape(len(sums), CHARACTERS, 3), 2, 0)
+    both = (own > 0) & (other > 0)  # [B, orders]
+    orders = np.maximum(both.sum(axis=1), 1)
+    precision, recall = (
+        np.divide(common, total, out=np.zeros_like(total), where=both).sum(axis=1) / orders
+        for total in (own, other)
+    )
+    below = BETA**2 * precision + recall
+    return np.divide((1 + BETA**2) * precision * recall, below, out=np.zeros_like(below), where=below > 0)
+
+
+def _character_ngrams(text: str, n: int) -> Counter[str]:
+    text = "".join(text.split())
+    return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+
+def checked_statistics(values: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
+    """`values` as float64 [N, columns], N > 0, no count negative; whole numbers are exact in float64."""
     array = np.asarray(values)
-    if array.ndim != 2 or array.shape[1] != COLUMNS or array.dtype.kind not in "iuf":
+    if array.ndim != 2 or array.shape[1] != columns or array.dtype.kind not in "iuf":
         raise ValueError(
             f"values of shape {array.shape} and dtype {array.dtype} are no counts of sentences; give "
-            f"[sentences, {COLUMNS}], as bleu_statistics makes them"
+            f"[sentences, {columns}], as {'bleu' if columns == COLUMNS else 'chrf'}_statistics makes them"
         )
     if not len(array):
-        raise ValueError("there are no sentences; BLEU needs at least one")
+        raise ValueError("there are no sentences; BLEU and chrF need at least one")
     if not (array >= 0).all():
         raise ValueError("a count of a sentence is negative or not a number; make the counts again")
     return array.astype(np.float64)

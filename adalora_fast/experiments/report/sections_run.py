@@ -1,13 +1,14 @@
 """The report's words about what was run, what is missing, and how to make it again."""
 
 import shlex
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from ..recipes import GRID
+from ..recipes import GRID, recipe_of
 from ..tuning import Tuning
 from .sections_settings import scores, settings
-from .sweep import Run, Sweep, commands_of, distinct, output_of
+from .sweep import Plan, Run, Sweep, commands_of, distinct, output_of
 from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
@@ -36,8 +37,9 @@ def what_was_run(sweep: Sweep) -> str:
         ("versions", distinct(map(_versions, places))),
     ]
     parts = [plan.description] if plan.description else []
-    if plan.overrides:
-        changed = ", ".join(f"{name} = {value}" for name, value in plan.overrides.items())
+    changes = changed_from_the_recipe(plan)
+    if changes:
+        changed = ", ".join(f"{name} = {value}" for name, value in changes.items())
         parts.append(f"**Changed from the recipe, whatever is said of it above: {changed}.**")
     parts.append(markdown(("", ""), facts, left=2))
     if any(sweep.is_sample(task) for task in plan.tasks):
@@ -57,6 +59,20 @@ def what_was_run(sweep: Sweep) -> str:
     ]
     parts.append(_beside_the_plan(sweep))
     return "\n\n".join(filter(None, parts))
+
+
+def changed_from_the_recipe(plan: Plan) -> dict[str, Any]:
+    """The overrides of the plan that differ from what its recipe says of a planned task and arm."""
+    changed: set[str] = set()
+    for task in plan.tasks:
+        for arm in plan.arms:
+            try:
+                before = asdict(recipe_of(plan.recipe, plan.name, task, arm))
+                after = asdict(recipe_of(plan.recipe, plan.name, task, arm, **plan.overrides))
+            except ValueError:  # the recipe alone is not valid, so every override may be what makes it so
+                return plan.overrides
+            changed |= {name for name in before if before[name] != after[name]}
+    return {name: value for name, value in plan.overrides.items() if name in changed}
 
 
 def _beside_the_plan(sweep: Sweep) -> str:
@@ -195,9 +211,12 @@ def costs(sweep: Sweep) -> str:
         "Seconds are means over seeds, with the evaluations and checkpoints of every epoch and the reading "
         "of ranks for the log, and beside whatever else the machine did: they are no benchmark of the arms"
     )
-    resumed = sum(bool(run.result.get("resumed")) for run in sweep.runs.values())
-    if resumed:
-        note += f"; {resumed} run(s) were resumed, and their seconds, those of the last part, are left out"
+    resumed = [run for run in sweep.runs.values() if run.result.get("resumed")]
+    left_out = sum(not _has_all_seconds(run) for run in resumed)
+    if len(resumed) > left_out:
+        note += f"; {len(resumed) - left_out} run(s) were resumed, and their seconds are those of all parts"
+    if left_out:
+        note += f"; {left_out} run(s) were resumed, and their seconds, those of the last part, are left out"
     return markdown(head, rows, left=2) + f"\n\n{note}." if rows else "No run is complete."
 
 
@@ -207,8 +226,13 @@ def _values(runs: list[Run], key: str) -> str:
 
 
 def _mean(runs: list[Run], key: str) -> str:
-    values = [run.result[key] for run in runs if not run.result.get("resumed")]
+    values = [run.result[key] for run in runs if _has_all_seconds(run)]
     return f"{sum(values) / len(values):,.0f}" if values else "–"
+
+
+def _has_all_seconds(run: Run) -> bool:
+    """False for a resumed run of a version that wrote down the seconds of the last part alone."""
+    return not run.result.get("resumed") or "part_seconds" in run.result
 
 
 def commands(sweep: Sweep) -> str:

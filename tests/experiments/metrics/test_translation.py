@@ -5,6 +5,7 @@ import pytest
 
 from adalora_fast.experiments.metrics import bootstrap, translation
 from adalora_fast.experiments.metrics.bootstrap import draw_counts, interval, resampled, statistic
+from adalora_fast.experiments.metrics.translation import chrf, chrf_of_sums, chrf_statistics
 from tests.experiments.mbart import needs_pairs, pairs, real_pairs
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (the experiments extra)")
@@ -126,3 +127,24 @@ def test_texts_that_do_not_match(function, monkeypatch):
 def test_counts_that_are_none(values, error):
     with pytest.raises(ValueError, match=error):
         bootstrap.statistic("bleu")(None, values, np.ones((1, len(values)), int))
+
+
+def test_chrf_from_sums_over_sentences():
+    """That of sacrebleu for the whole and for any resample, empty texts and short ones included."""
+    texts = ["luna veche", "", "supa  caldă și nouă", "a", "steaua", "ab", "pâinea este mică"]
+    references = ["luna este veche", "supa", "supa caldă și nouă", "", "luna", "abc", "pâinea a fost mică"]
+    counts = chrf_statistics(texts, references)
+    assert counts.shape == (7, 18)
+    generator = np.random.default_rng(0)
+    for rows in [list(range(7)), [1], [3], [1, 3], *generator.integers(0, 7, (30, 5)).tolist()]:
+        expected = chrf([texts[row] for row in rows], [references[row] for row in rows])
+        assert chrf_of_sums(counts[rows].sum(axis=0)[None])[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_interval_of_chrf():
+    texts, references = ["luna veche", "supa rece", "steaua"] * 5, ["luna este veche", "supa", "steaua"] * 5
+    found = interval("chrf", None, chrf_statistics(texts, references))
+    assert found.value == pytest.approx(chrf(texts, references), abs=1e-12)
+    assert 0 < found.low < found.value < found.high <= 1
+    with pytest.raises(ValueError, match=r"give \[sentences, 18\], as chrf_statistics makes them"):
+        interval("chrf", None, np.ones((3, 10)))
