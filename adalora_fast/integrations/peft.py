@@ -14,6 +14,7 @@ from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
 from adalora_fast.allocator_state import is_sharded
 from adalora_fast.distributed import all_finite, refuse_emptied, whole
 from adalora_fast.integrations.checkpoints import Checkpoint, WithAllocator
+from adalora_fast.integrations.frozen import WithFrozenCopies, patterns_of_copies
 from adalora_fast.integrations.heads import warn_of_untrained_heads
 from adalora_fast.integrations.layers import (
     FusedLayer,
@@ -175,7 +176,8 @@ class FusedAdaLoraModel(AdaLoraModel):
         if config.rank_pattern is None and self.rankallocator.is_over:
             config.rank_pattern = self.peft_rank_pattern()
         try:
-            with warnings.catch_warnings():
+            copies = patterns_of_copies(self.model, self.peft_config, self.trainable_adapter_name)
+            with copies, warnings.catch_warnings():
                 # rank 0 is meant
                 warnings.filterwarnings("ignore", message=".*LoRA tensor.s. have invalid shape.*")
                 yield
@@ -218,7 +220,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
 @cache
 def _fused_model_class(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"Fused{cls.__name__}", (WithAllocator, cls), {"__module__": __name__})
+    return type(f"Fused{cls.__name__}", (WithAllocator, WithFrozenCopies, cls), {"__module__": __name__})
 
 
 def __getattr__(name: str):

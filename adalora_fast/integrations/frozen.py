@@ -1,0 +1,111 @@
+"""Frozen copies of the adapter under training, beside it: the reference or teacher policies of TRL's trainers.
+
+DPO, KTO, RLOO and GRPO of TRL call ``model.add_adapter("ref", model.peft_config["default"])`` on a PeftModel
+that they are given, with the trained adapter's own config object, and copy the weights of parameters whose
+name has ``.default.`` in it. PEFT's AdaLoRA refuses a second trainable adapter, and its parameters, which
+end in ``.default``, would not be copied: the reference would silently be the base model.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from peft import AdaLoraConfig
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from adalora_fast.integrations.layers import FusedLayer, adapter_layers, set_factors
+from adalora_fast.nn import Factors
+
+
+class WithFrozenCopies:
+    """What ``fuse`` adds to a ``PeftModel``: ``add_adapter`` that can copy the adapter under training."""
+
+    def add_adapter(self, adapter_name: str, peft_config: AdaLoraConfig, *args, **kwargs) -> None:
+        """PEFT's; given the config object of the adapter under training, a frozen copy of that adapter.
+
+        The copy has the trained adapter's weights, ranks and scales as they are now (``modules_to_save``
+        too) and a config of its own with ``inference_mode=True``. The allocator and the orthogonality term
+        stay with the trained adapter.
+
+        Args:
+            adapter_name: the new adapter's name.
+            peft_config: its config; any other object than the trained adapter's is PEFT's to judge.
+
+        Raises:
+            ValueError: the trained adapter changes the base's biases, which all adapters share.
+        """
+        trained = getattr(self.base_model, "trainable_adapter_name", None)
+        if peft_config is not self.peft_config.get(trained) or adapter_name in self.peft_config:
+            return super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if peft_config.bias != "none":
+            raise ValueError(
+                f"adapter {trained!r} trains biases of the base model (bias={peft_config.bias!r}), which a frozen "
+                f"copy {adapter_name!r} would share; give the trainer ref_model=, or set bias='none'"
+            )
+        config = copy.deepcopy(peft_config)
+        config.inference_mode = True
+        config.rank_pattern = None  # the layers get their ranks below
+        config.layer_replication = None  # the base has its replicas already
+        super().add_adapter(adapter_name, config, *args, **kwargs)
+        config.layer_replication = copy.deepcopy(peft_config.layer_replication)
+        _copy_weights(self.base_model.model, trained, adapter_name)
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, source: str, target: str) -> None:
+    """Give adapter ``target`` the factors, ranks and scales of ``source``, and its copies of whole modules."""
+    for layer in adapter_layers(model).values():
+        if source not in layer.lora_A:
+            continue
+        factors = (layer.lora_A[source], layer.lora_E[source], layer.lora_B[source])
+        copies = [nn.Parameter(factor.detach().clone(), requires_grad=False) for factor in factors]
+        set_factors(layer, target, Factors(*copies))
+        layer.ranknum[target].copy_(layer.ranknum[source])
+        layer.scaling[target] = layer.scaling[source]
+        if isinstance(layer, FusedLayer):
+            layer._denominator[target] = layer._denominator[source]
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            tensors = module.state_dict(keep_vars=True)
+            for name, tensor in tensors.items():
+                parts = name.split(".")
+                if source in parts:
+                    parts[parts.index(source)] = target
+                    tensors[".".join(parts)].copy_(tensor)
+
+
+@contextlib.contextmanager
+def patterns_of_copies(model: nn.Module, configs: dict[str, AdaLoraConfig], trained: str) -> Iterator[None]:
+    """While an adapter whose layers are cut down without a pattern is saved, its config says how.
+
+    In memory the pattern is None: PEFT would cut the layers again whenever it loads weights into them.
+    """
+    layers = adapter_layers(model)
+    given = []
+    for name, config in configs.items():
+        pattern = None if name == trained or config.rank_pattern is not None else _pattern(layers, name)
+        if pattern is not None:
+            given.append(config)
+            config.rank_pattern = pattern
+    try:
+        yield
+    finally:
+        for config in given:
+            config.rank_pattern = None
+
+
+def _pattern(layers: dict, adapter: str) -> dict[str, list[bool]] | None:
+    """The pattern that makes layers of the initial rank as small as these, or None if they have that rank."""
+    ranks = {
+        name: (layer.lora_E[adapter].shape[0], round(layer.ranknum[adapter].item()))
+        for name, layer in layers.items()
+        if adapter in layer.lora_E
+    }
+    if all(rank == initial for rank, initial in ranks.values()):
+        return None
+    return {
+        f"{name}.lora_E.{adapter}": [True] * rank + [False] * (initial - rank)
+        for name, (rank, initial) in ranks.items()
+    }

@@ -1,0 +1,148 @@
+"""TRL's trainers on one tiny Llama with a tokenizer of words; both are made here, nothing is downloaded."""
+
+from pathlib import Path
+
+import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
+
+from adalora_fast import AdaLoraCallback
+from tests.models import LLAMA_LINEARS, VOCABULARY
+
+STEPS, LAYERS, TARGET_R = 8, 14, 2
+TOTAL = LAYERS * TARGET_R
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + ' w1 ' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 (padding), w1 (end), w2, ...; its chat template marks what the assistant says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "w0", "eos_token": "w1", "unk_token": "w0"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE, **special)
+
+
+def llama() -> LlamaForCausalLM:
+    """Two layers, 14 adapted linears."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, **sizes, **tokens)
+    return LlamaForCausalLM(config)
+
+
+def settings(**overrides) -> AdaLoraConfig:
+    """Rank 4 to mean 2, for ``peft_config=``."""
+    given = {"init_r": 4, "target_r": TARGET_R, "lora_alpha": 8, "orth_reg_weight": 0.5, "total_step": 10_000}
+    return AdaLoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": LLAMA_LINEARS, **given, **overrides})
+
+
+def peft_model(**overrides) -> PeftModel:
+    """The same as a PeftModel."""
+    base = llama()
+    torch.manual_seed(1)
+    return get_peft_model(base, settings(**overrides))
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(f"w{2 + (7 * start + 3 * i) % 50}" for i in range(count))
+
+
+def texts(count: int = 32):
+    """For SFT: plain text."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": [words(i, 10) for i in range(count)]})
+
+
+def chats(count: int = 32):
+    """For SFT: a question and an answer."""
+    from datasets import Dataset
+
+    def chat(i: int) -> list[dict]:
+        return [
+            {"role": "user", "content": words(i, 5)},
+            {"role": "assistant", "content": words(i + 1, 6)},
+        ]
+
+    return Dataset.from_dict({"messages": [chat(i) for i in range(count)]})
+
+
+def pairs(count: int = 32):
+    """For DPO: a prompt, a better and a worse answer."""
+    from datasets import Dataset
+
+    columns = {"prompt": 0, "chosen": 11, "rejected": 23}
+    return Dataset.from_dict(
+        {name: [words(i + shift, 4) for i in range(count)] for name, shift in columns.items()}
+    )
+
+
+def judged(count: int = 32):
+    """For KTO: an answer and whether it is good."""
+    from datasets import Dataset
+
+    data = {"prompt": [words(i, 4) for i in range(count)], "completion": [words(i + 5, 4) for i in range(count)]}
+    return Dataset.from_dict({**data, "label": [i % 2 == 0 for i in range(count)]})
+
+
+def prompts(count: int = 32):
+    """For GRPO and RLOO: prompts alone."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": [words(i, 4) for i in range(count)]})
+
+
+def variety(completions: list[str], **kwargs) -> list[float]:
+    """A reward: different words in a completion."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def make(
+    kind: str,
+    model: nn.Module,
+    folder: Path,
+    *callbacks: TrainerCallback,
+    callback: AdaLoraCallback | None = None,
+    data=None,
+    peft_config: AdaLoraConfig | None = None,
+    ref_model: nn.Module | None = None,
+    **arguments,
+) -> Trainer:
+    """TRL's trainer ``kind`` (SFT, DPO, KTO, GRPO, RLOO) with an AdaLoraCallback, eight steps on the CPU."""
+    import trl
+
+    given = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-2,
+        "save_strategy": "no",
+        "logging_steps": 4,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    inputs = {"model": model, "processing_class": tokenizer(), "peft_config": peft_config}
+    datasets = {"SFT": texts, "DPO": pairs, "KTO": judged, "GRPO": prompts, "RLOO": prompts}
+    if kind in ("GRPO", "RLOO"):
+        given |= {"num_generations": 2, "max_completion_length": 6}
+        inputs["reward_funcs"] = variety
+    else:
+        given |= {"max_length": 24}
+    if ref_model is not None:
+        inputs["ref_model"] = ref_model
+    return getattr(trl, f"{kind}Trainer")(
+        args=getattr(trl, f"{kind}Config")(output_dir=str(folder), **{**given, **arguments}),
+        train_dataset=datasets[kind]() if data is None else data,
+        callbacks=[callback or AdaLoraCallback(), *callbacks],
+        **inputs,
+    )
