@@ -1,4 +1,4 @@
-"""Frozen copies of the adapter under training, beside it: the reference or teacher policies of TRL's trainers.
+"""Frozen copies of the adapter under training, beside it: the reference and teacher policies of TRL.
 
 DPO, KTO, RLOO and GRPO of TRL call ``model.add_adapter("ref", model.peft_config["default"])`` on a PeftModel
 that they are given, with the trained adapter's own config object, and copy the weights of parameters whose
@@ -41,8 +41,8 @@ class WithFrozenCopies:
             return super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         if peft_config.bias != "none":
             raise ValueError(
-                f"adapter {trained!r} trains biases of the base model (bias={peft_config.bias!r}), which a frozen "
-                f"copy {adapter_name!r} would share; give the trainer ref_model=, or set bias='none'"
+                f"adapter {trained!r} trains biases of the base model (bias={peft_config.bias!r}), which a "
+                f"frozen copy {adapter_name!r} would share; give the trainer ref_model=, or set bias='none'"
             )
         config = copy.deepcopy(peft_config)
         config.inference_mode = True
@@ -55,7 +55,7 @@ class WithFrozenCopies:
 
 @torch.no_grad()
 def _copy_weights(model: nn.Module, source: str, target: str) -> None:
-    """Give adapter ``target`` the factors, ranks and scales of ``source``, and its copies of whole modules."""
+    """Give adapter ``target`` the factors, ranks, scales and ``modules_to_save`` of ``source``."""
     for layer in adapter_layers(model).values():
         if source not in layer.lora_A:
             continue

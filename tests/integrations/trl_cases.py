@@ -34,7 +34,9 @@ def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-    config = LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, **sizes, **tokens)
+    config = LlamaConfig(
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, **sizes, **tokens
+    )
     return LlamaForCausalLM(config)
 
 
@@ -89,7 +91,10 @@ def judged(count: int = 32):
     """For KTO: an answer and whether it is good."""
     from datasets import Dataset
 
-    data = {"prompt": [words(i, 4) for i in range(count)], "completion": [words(i + 5, 4) for i in range(count)]}
+    data = {
+        "prompt": [words(i, 4) for i in range(count)],
+        "completion": [words(i + 5, 4) for i in range(count)],
+    }
     return Dataset.from_dict({**data, "label": [i % 2 == 0 for i in range(count)]})
 
 
