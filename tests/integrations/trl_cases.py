@@ -1,13 +1,15 @@
 """TRL's trainers on one tiny Llama with a tokenizer of words; both are made here, nothing is downloaded."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
-from adalora_fast import AdaLoraCallback
+from adalora_fast import AdaLoraCallback, fuse
 from tests.models import LLAMA_LINEARS, VOCABULARY
 
 STEPS, LAYERS, TARGET_R = 8, 14, 2
@@ -54,7 +56,8 @@ def peft_model(**overrides) -> PeftModel:
 
 
 def words(start: int, count: int) -> str:
-    return " ".join(f"w{2 + (7 * start + 3 * i) % 50}" for i in range(count))
+    """Text of known words; the space before it keeps a completion apart from its prompt."""
+    return "".join(f" w{2 + (7 * start + 3 * i) % 50}" for i in range(count))
 
 
 def texts(count: int = 32):
@@ -151,3 +154,42 @@ def make(
         callbacks=[callback or AdaLoraCallback(), *callbacks],
         **inputs,
     )
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after some steps and notes the adapter's factors as they are then."""
+
+    def __init__(self, step: int):
+        self.step, self.factors = step, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.factors = factors_of(model)
+            control.should_training_stop = True
+
+
+def factors_of(model: PeftModel) -> list[Tensor]:
+    """Copies of A_0, E_0, B_0, A_1, ... of the adapter under training."""
+    return [p.detach().clone() for p in model.base_model.rankallocator.parameters()]
+
+
+@cache
+def finished() -> Path:
+    """Folder of an adapter that SFT has finished: ragged ranks, the pruned triplets dropped."""
+    place = TemporaryDirectory(prefix="adalora-fast-tests-")
+    _places.append(place)
+    run = make("SFT", peft_model(), Path(place.name) / "run")
+    run.train()
+    run.model.save_pretrained(Path(place.name) / "adapter")
+    return Path(place.name) / "adapter"
+
+
+_places: list[TemporaryDirectory] = []  # kept to the end of the process
+
+
+def reloaded(**overrides) -> PeftModel:
+    """The finished adapter, fused, to be trained on; ``overrides`` change its config."""
+    model = PeftModel.from_pretrained(llama(), finished(), is_trainable=True)
+    for name, value in overrides.items():
+        setattr(model.peft_config["default"], name, value)
+    return fuse(model)
