@@ -122,9 +122,13 @@ def make(
     data=None,
     peft_config: AdaLoraConfig | None = None,
     ref_model: nn.Module | None = None,
+    plain: bool = False,
     **arguments,
 ) -> Trainer:
-    """TRL's trainer ``kind`` (SFT, DPO, KTO, GRPO, RLOO) with an AdaLoraCallback, eight steps on the CPU."""
+    """TRL's trainer ``kind`` (SFT, DPO, KTO, GRPO, RLOO), eight steps on the CPU.
+
+    Without ``callback`` an AdaLoraCallback with all defaults is made, with ``plain`` none.
+    """
     import trl
 
     given = {
@@ -151,7 +155,7 @@ def make(
     return getattr(trl, f"{kind}Trainer")(
         args=getattr(trl, f"{kind}Config")(output_dir=str(folder), **{**given, **arguments}),
         train_dataset=datasets[kind]() if data is None else data,
-        callbacks=[callback or AdaLoraCallback(), *callbacks],
+        callbacks=[*([] if plain else [callback or AdaLoraCallback()]), *callbacks],
         **inputs,
     )
 

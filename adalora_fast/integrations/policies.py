@@ -1,9 +1,12 @@
-"""Frozen copies of the adapter under training, beside it: the reference and teacher policies of TRL.
+"""What trainers of policies (TRL's) ask of a PeftModel: frozen copies of the adapter, and weights by name.
 
 DPO, KTO, RLOO and GRPO of TRL call ``model.add_adapter("ref", model.peft_config["default"])`` on a PeftModel
 that they are given, with the trained adapter's own config object, and copy the weights of parameters whose
 name has ``.default.`` in it. PEFT's AdaLoRA refuses a second trainable adapter, and its parameters, which
 end in ``.default``, would not be copied: the reference would silently be the base model.
+
+For generation they merge the adapter and send vLLM every parameter without ``lora_`` in its name, PEFT's
+``ranknum`` too, which vLLM refuses.
 """
 
 import contextlib
@@ -19,8 +22,14 @@ from adalora_fast.integrations.layers import FusedLayer, adapter_layers, set_fac
 from adalora_fast.nn import Factors
 
 
-class WithFrozenCopies:
-    """What ``fuse`` adds to a ``PeftModel``: ``add_adapter`` that can copy the adapter under training."""
+class WithPolicies:
+    """What ``fuse`` adds to a ``PeftModel`` for them."""
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        """PyTorch's, without PEFT's ``ranknum``: a constant of every layer that is no weight of the model."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            if ".ranknum." not in name:
+                yield name, parameter
 
     def add_adapter(self, adapter_name: str, peft_config: AdaLoraConfig, *args, **kwargs) -> None:
         """PEFT's; given the config object of the adapter under training, a frozen copy of that adapter.
