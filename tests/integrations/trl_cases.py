@@ -73,8 +73,8 @@ def chats(count: int = 32):
 
     def chat(i: int) -> list[dict]:
         return [
-            {"role": "user", "content": words(i, 5)},
-            {"role": "assistant", "content": words(i + 1, 6)},
+            {"role": "user", "content": words(i, 5).strip()},
+            {"role": "assistant", "content": words(i + 1, 6).strip()},
         ]
 
     return Dataset.from_dict({"messages": [chat(i) for i in range(count)]})
