@@ -51,7 +51,8 @@ class WithPolicies:
         if peft_config.bias != "none":
             raise ValueError(
                 f"adapter {trained!r} trains biases of the base model (bias={peft_config.bias!r}), which a "
-                f"frozen copy {adapter_name!r} would share; give the trainer ref_model=, or set bias='none'"
+                f"frozen copy {adapter_name!r} would share; give the trainer ref_model= (beta=0 in GRPO and "
+                "RLOO), or set bias='none'"
             )
         config = copy.deepcopy(peft_config)
         config.inference_mode = True

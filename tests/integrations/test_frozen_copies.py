@@ -180,6 +180,16 @@ def test_weights_can_be_set_in_a_copy_of_ragged_ranks():
     assert torch.equal(model.get_parameter(f"{key}.ref"), half[key])
 
 
+def test_replicated_layers_are_not_replicated_again():
+    model = fuse(awake(adapted("llama", layer_replication=[[0, 2], [0, 1]], **CONFIG)))
+    depth, expected = len(model.base_model.model.model.layers), logits(model)
+    with_copy(model)
+    assert len(model.base_model.model.model.layers) == depth == 3
+    with active(model, "ref"):
+        assert torch.equal(logits(model), expected)
+    assert model.peft_config["ref"].layer_replication == [[0, 2], [0, 1]]
+
+
 def test_another_config_is_peft_s_to_judge():
     model = fresh()
     with pytest.raises(ValueError, match="supports only 1 trainable adapter"):
@@ -205,7 +215,7 @@ def test_plain_peft_refuses_and_fuse_is_the_way_out():
 
 def test_biases_of_the_base_cannot_be_copied():
     model = fuse(adapted("bert", bias="all", **CONFIG))
-    with one_line(ValueError, "bias='all'", "ref_model="):
+    with one_line(ValueError, "bias='all'", "ref_model=", "beta=0"):
         with_copy(model)
     assert list(model.peft_config) == ["default"]
 
