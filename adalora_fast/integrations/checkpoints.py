@@ -31,6 +31,7 @@ from adalora_fast.integrations.files import (
     read_tensors,
     weights_file,
 )
+from adalora_fast.integrations.policies import WithPolicies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def check_checkpoint(checkpoint: Checkpoint, model, adapter: str) -> None:
             )
 
 
-class WithAllocator:
+class WithAllocator(WithPolicies):
     """What ``fuse`` adds to a ``PeftModel``: ``save_pretrained`` and ``load_adapter`` that know the
     allocator.
     """

@@ -22,7 +22,7 @@ from adalora_fast.integrations.layers import (
     fuse_layer,
     merge_refusal,
 )
-from adalora_fast.integrations.policies import WithPolicies, patterns_of_copies
+from adalora_fast.integrations.policies import patterns_of_copies
 from adalora_fast.integrations.scales import check_scales, set_scales, take_over
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.adapter import PRECISIONS
@@ -220,7 +220,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
 @cache
 def _fused_model_class(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"Fused{cls.__name__}", (WithAllocator, WithPolicies, cls), {"__module__": __name__})
+    return type(f"Fused{cls.__name__}", (WithAllocator, cls), {"__module__": __name__})
 
 
 def __getattr__(name: str):
