@@ -13,6 +13,7 @@ from torch import Tensor
 from adalora_fast.integrations.adapter_names import as_taken_out, by_layer, check_name, is_in_a_key
 from adalora_fast.integrations.checkpoints import Checkpoint, renamed_pattern
 from adalora_fast.integrations.layers import FusedLayer, adapter_layers
+from adalora_fast.integrations.policies import pattern_of_copy
 from adalora_fast.integrations.scales import set_scales
 
 
@@ -88,12 +89,8 @@ class WithAdapters(AdaLoraModel):
         """
         config = self.peft_config[adapter]
         before = config.rank_pattern, config.inference_mode
-        if (
-            config.rank_pattern is None
-            and adapter == getattr(self, "trainable_adapter_name", None)
-            and self.rankallocator.is_over
-        ):
-            config.rank_pattern = self.peft_rank_pattern()
+        if config.rank_pattern is None:
+            config.rank_pattern = self._pattern_to_save(adapter)
         self._is_saving = True
         try:
             with warnings.catch_warnings():
@@ -103,6 +100,11 @@ class WithAdapters(AdaLoraModel):
         finally:
             config.rank_pattern, config.inference_mode = before
             self._is_saving = False
+
+    def _pattern_to_save(self, adapter: str) -> dict[str, list[bool]] | None:
+        if adapter != getattr(self, "trainable_adapter_name", None):
+            return pattern_of_copy(self.model, adapter)
+        return self.peft_rank_pattern() if self.rankallocator.is_over else None
 
     def whole_pattern(self, adapter: str) -> dict[str, list[bool]] | None:
         """By layer, the triplets that are not zero in whole tensors, where :meth:`saving` writes those of

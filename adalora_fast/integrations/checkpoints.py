@@ -37,6 +37,7 @@ from adalora_fast.integrations.files import (
     weights_file,
 )
 from adalora_fast.integrations.model_card import CARD, TRAINED, finish_card, trained_section
+from adalora_fast.integrations.policies import WithPolicies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ def check_checkpoint(checkpoint: Checkpoint, model, adapter: str) -> None:
             )
 
 
-class WithAllocator:
+class WithAllocator(WithPolicies):
     """What ``fuse`` adds to a ``PeftModel``: saving, loading, adding and deleting of adapters that know the
     allocator, whatever the adapters are called.
     """
