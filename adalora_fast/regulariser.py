@@ -86,8 +86,7 @@ class Regulariser:
         allocator.regulariser = self
 
     def _enlist(self) -> None:
-        self._lead: Tensor | None = None  # the factor whose accumulation is watched
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None  # during a backward pass
         self._is_captured = False  # R is part of a CUDA graph, whose replays run no Python
         self._reached, self._steps_without = False, 0
         self._gathered: list[bool] | None = None  # which factors were sharded when R was last computed
@@ -97,7 +96,7 @@ class Regulariser:
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a regulariser of its own, between two steps."""
-        return {**self.__dict__, "scaler": None, "value": None, "_lead": None, "_hook": None}
+        return {**self.__dict__, "scaler": None, "value": None, "_hook": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -119,7 +118,8 @@ class Regulariser:
 
     def forget(self) -> None:
         """The next optimizer step begins: R has not acted in it."""
-        self.acted = self._accumulated = self._in_pass = False
+        self.acted = self._accumulated = False
+        self._end_pass()
 
     def loss(self) -> Tensor:
         """R, differentiable; :meth:`term` is what a loss gets."""
@@ -166,18 +166,18 @@ class Regulariser:
 
     def _watch(self) -> None:
         """Learn whether a backward pass ends in ``.grad`` (``torch.autograd.grad`` leaves no trace there)."""
-        lead = next((f.lora_A for f in self.allocator.factors() if f.lora_A.requires_grad), None)
-        if lead is not None and lead is not self._lead:
-            if self._hook is not None:
-                self._hook.remove()
-            self._lead = lead
+        lead = next((side for side in self._sides() if side.requires_grad), None)
+        if lead is not None and self._hook is None:
             self._hook = lead.register_post_accumulate_grad_hook(self._note_accumulation)
 
     def _note_accumulation(self, _) -> None:
-        self._accumulated = self._accumulated or self._in_pass
+        self._accumulated = True
 
     def _end_pass(self) -> None:
         self._in_pass = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _gradients_are_gone(self) -> bool:
         factors = self.allocator.factors()

@@ -214,7 +214,7 @@ class WithAllocator(WithPolicies):
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         if is_alone:
             self.active_adapter = adapter_name
-        if not peft_config.inference_mode:
+        if not self.peft_config[adapter_name].inference_mode:  # a frozen copy has a config of its own
             self.base_model.train_adapter(adapter_name)
 
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):

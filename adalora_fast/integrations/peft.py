@@ -1,7 +1,7 @@
 """``fuse``: a PEFT AdaLoRA model made fast and correct in place; same state dict, checkpoints, methods."""
 
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import torch
 from peft import AdaLoraConfig, PeftMixedModel, PeftModel
@@ -154,7 +154,7 @@ class FusedAdaLoraModel(WithAdapters):
         """A fresh allocator for the layers as they are now, with the settings given to ``fuse``."""
         name = self.trainable_adapter_name
         config = self.peft_config[name]
-        RankAllocator(
+        allocator = RankAllocator(
             self,
             target_r=config.target_r,
             tinit=config.tinit,
@@ -167,6 +167,7 @@ class FusedAdaLoraModel(WithAdapters):
             finished=finished,
             **self.allocator_settings,
         )
+        Regulariser(allocator, self.orth_penalty, partial(FusedAdaLoraModel.orth_reg_weight, self))
 
 
 class _AroundTheTuner:
@@ -244,24 +245,23 @@ def fuse(
     tuner.rankallocator = None
     settings = {"score": score, "smoothing": smoothing, "score_gradient": score_gradient}
     tuner.allocator_settings = settings
+    tuner.orth_penalty, tuner.precision = orth_penalty, precision
     if config is not None:
         try:
             FusedAdaLoraModel.make_allocator(tuner, finished=finished)
         except (ValueError, TypeError):
             tuner.rankallocator = previous
-            del tuner.allocator_settings
+            del tuner.allocator_settings, tuner.orth_penalty, tuner.precision
             raise
     reasons = {
         name: fuse_layer(layer, precision, adapter) for name, layer in adapter_layers(tuner.model).items()
     }
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
-    tuner.orth_penalty, tuner.precision = orth_penalty, precision
     tuner._warned_order, tuner._forgotten = False, 0
     tuner.__class__ = FusedAdaLoraModel
     for name, settings in tuner.peft_config.items():
         take_over(adapter_layers(tuner.model), settings, name)
     if config is not None:
-        Regulariser(tuner.rankallocator, orth_penalty, tuner.orth_reg_weight)
         warn_of_untrained_heads(tuner, adapter)
         tuner.remember_versions()
         if finished:

@@ -121,7 +121,7 @@ def test_training_saving_and_the_allocator_are_as_without_it(start, tmp_path):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
     allocators = [model.base_model.rankallocator.state_dict() for model in (left, right)]
     assert same_state(*allocators)
-    with left.base_model.saving(), right.base_model.saving():
+    with left.base_model.saving("default"), right.base_model.saving("default"):
         assert left.peft_config["default"] == right.peft_config["default"]
     for file in (ADAPTER, "adapter_config.json", STATE):
         assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes(), file
