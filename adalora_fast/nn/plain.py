@@ -65,7 +65,8 @@ def more_than_its_product(linear: nn.Linear) -> str | None:
         )
     for attribute, kind in HOOKS.items():
         for hook in getattr(linear, attribute).values():
-            return _about_hook(hook, kind)
+            if not _knows_names_only(hook):
+                return _about_hook(hook, kind)
     if "forward" in linear.__dict__:
         return (
             "has a forward that was put onto it (as accelerate's device maps do), which would not run; "
@@ -88,6 +89,11 @@ def more_than_its_product(linear: nn.Linear) -> str | None:
     return None
 
 
+def _knows_names_only(hook: object) -> bool:
+    """Whether this is a load hook that is given a state dict and no module (parametrizations leave one)."""
+    return getattr(hook, "with_module", None) is False
+
+
 def _about_hook(hook: object, kind: str) -> str:
     for maker, remedy in REMEDIES.items():
         if isinstance(hook, maker):
@@ -98,7 +104,7 @@ def _about_hook(hook: object, kind: str) -> str:
 
 def carry_over(source: nn.Module, target: nn.Module, ordinary: nn.Module) -> None:
     """Give ``target`` the attributes, parameters, buffers and submodules that ``source`` has beside those of
-    ``ordinary``, a fresh module of its class.
+    ``ordinary``, a fresh module of its class, and its hooks that translate names in state dicts.
 
     Raises:
         ValueError: ``target`` has something else under that name.
@@ -112,6 +118,10 @@ def carry_over(source: nn.Module, target: nn.Module, ordinary: nn.Module) -> Non
                 )
             getattr(target, kind)[name] = getattr(source, kind)[name]
     target._non_persistent_buffers_set |= source._non_persistent_buffers_set
+    loading = source._load_state_dict_pre_hooks
+    target._load_state_dict_pre_hooks.update(
+        {k: hook for k, hook in loading.items() if _knows_names_only(hook)}
+    )
 
 
 def carry_hooks(source: nn.Module, target: nn.Module, without: object) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adalora_fast.ops import backend, launch
 from adalora_fast.ops.adapter import native, plain, reference
-from adalora_fast.ops.adapter.checks import PRECISIONS, check
+from adalora_fast.ops.adapter.checks import PRECISIONS, check, check_base, check_result
 from adalora_fast.ops.adapter.dropout import draw_seed
 from adalora_fast.ops.library import (
     autocast_is_on,
@@ -275,14 +275,7 @@ def adalora_linear(
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, naming them.
     """
-    if weight.dim() != 2 or weight.shape[1] != lora_A.shape[-1]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} and lora_A {tuple(lora_A.shape)} must be (out, in), (r, in)"
-        )
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(
-            f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} must be (out,) and (out, in)"
-        )
+    check_base(weight, bias, lora_A)
     base = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
     check(x, base, weight.shape[0], lora_A, lora_E, lora_B, dropout_p, precision)
     device_type = x.device.type
@@ -339,13 +332,8 @@ def adalora_delta_(
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, naming them.
     """
-    if result.dim() == 0:
-        raise ValueError("result is a scalar; it must be the base layer's output [..., out]")
+    check_result(result, x)
     check(x, (("result", result),), result.size(-1), lora_A, lora_E, lora_B, dropout_p, precision)
-    if not x.is_nested and x.shape[:-1] != result.shape[:-1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
-        )
     highest = precision == "highest"
     if is_transformed(x):
         return plain.delta(

@@ -1,8 +1,39 @@
-"""What the adapter op refuses: shapes, devices and types that do not fit, by name."""
+"""What the adapter op refuses: shapes, devices and types that do not fit, by name.
 
+While ``torch.jit.trace`` records, sizes are part of the trace and comparing them makes it warn: the operators
+that are recorded refuse what does not fit.
+"""
+
+import torch
 from torch import Tensor
 
 PRECISIONS = ("default", "highest")
+
+
+def check_base(weight: Tensor, bias: Tensor | None, lora_A: Tensor) -> None:
+    """The frozen layer's shapes."""
+    if torch.jit.is_tracing():
+        return
+    if weight.dim() != 2 or weight.shape[1] != lora_A.shape[-1]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and lora_A {tuple(lora_A.shape)} must be (out, in), (r, in)"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} must be (out,) and (out, in)"
+        )
+
+
+def check_result(result: Tensor, x: Tensor) -> None:
+    """The base layer's output belongs to its input (the sizes of nested tensors are not asked for)."""
+    if torch.jit.is_tracing():
+        return
+    if result.dim() == 0:
+        raise ValueError("result is a scalar; it must be the base layer's output [..., out]")
+    if not x.is_nested and x.shape[:-1] != result.shape[:-1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
+        )
 
 
 def check(
@@ -16,6 +47,8 @@ def check(
     precision: str,
 ) -> None:
     """Refuse what does not fit. ``base``: the base's tensors by name, which share x's device."""
+    if torch.jit.is_tracing():
+        return
     rank = lora_A.shape[0]
     if lora_A.dim() != 2 or lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
         raise ValueError(
