@@ -1,4 +1,4 @@
-"""A fused layer calls whatever has behaviour of its own: hooks, forwards and bases that come after ``fuse``, and
+"""A fused layer calls whatever has behaviour of its own: hooks, forwards and bases that come after ``fuse``,
 dropout whose mode is not the layer's.
 """
 
