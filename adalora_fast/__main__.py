@@ -15,6 +15,7 @@ def report() -> str:
     import torch
 
     from adalora_fast.ops import backend
+    from adalora_fast.ops.importance import not_computed
 
     backend.wanted()
     lines = [f"adalora_fast {adalora_fast.__version__}", ""]
@@ -38,6 +39,8 @@ def report() -> str:
                 continue
             lines.append(f"  {op:14}{choice.backend}")
             lines += [f"    not {name:10}{reason}" for name, reason in choice.reasons.items()]
+            if op == "importance":
+                lines += [f"    but {'reference':10}{reason}" for reason in not_computed(device_type)]
     return "\n".join(lines)
 
 

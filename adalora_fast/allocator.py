@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
 from adalora_fast.distributed import Processes, allocate_, apply_mask_
+from adalora_fast.guard import UntrainedLayers
 from adalora_fast.nn import Factors, adapted_layers
+from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.regulariser import Regulariser
 from adalora_fast.schedule import BudgetSchedule, Position
 from adalora_fast.scores import get_score, resolve_smoothing
@@ -79,6 +81,8 @@ class RankAllocator:
         capturable: bool = False,  # for __new__
     ) -> None:
         self._layers = dict(adapted_layers(model) if layers is None else layers)
+        if layers is None:
+            call_every_layer(model)
         if not self._layers:
             raise ValueError(
                 f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
@@ -138,6 +142,7 @@ class RankAllocator:
         self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._statistics.device)
         self._scores: Tensor | None = None  # those that the mask was made of
         self._said_nan = False
+        self._untrained = UntrainedLayers(self.schedule.final_step)
         self._go_to(Position())
 
     def _go_to(self, position: Position) -> None:
@@ -280,6 +285,7 @@ class RankAllocator:
 
     def _update_statistics(self) -> None:
         parameters, grads = self._gradients()
+        self._untrained.look(self._layers, parameters, grads)
         if not self._statistics.fit(parameters):  # the model was moved or cast
             self._statistics.move_to(parameters)
             self._mask = self._mask.to(self._statistics.device)
@@ -357,13 +363,12 @@ class RankAllocator:
         if self._said_nan or self._scores is None or len(self._scores) != len(self._mask):
             return
         wrong = self._scores.isnan().tolist()
-        if any(wrong):
+        self._said_nan = any(wrong)
+        if self._said_nan:
             owners = [name for name, kept in pattern.items() for _ in kept]
-            first = owners[wrong.index(True)]
-            self._said_nan = True
             _warn(
                 f"{sum(wrong)} of {len(wrong)} triplets have no number as their {self.score.name} score, the "
-                f"first in {first}; they are pruned before all others"
+                f"first in {owners[wrong.index(True)]}; they are pruned before all others"
             )
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.ops import apply_mask_, select_triplets
+from adalora_fast.ops.tables import is_capturing
 from adalora_fast.schedule import BudgetSchedule, Position
 
 PROOFS = Path(__file__).parent / "proofs"  # a file for every GPU, written by `python -m benchmarks.capture`
@@ -167,6 +168,8 @@ class CapturableRankAllocator(RankAllocator):
             )
         self._check_order()
         parameters, grads = self._gradients()
+        # A graph has the gradients of its capture for good: a layer without one then never gets one.
+        self._untrained.look(self._layers, parameters, grads, at_once=is_capturing(self._statistics.device))
         if not self._statistics.fit(parameters):
             raise RuntimeError(
                 "the model of a capturable allocator was moved or cast, which its graphs cannot follow; make "

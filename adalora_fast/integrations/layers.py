@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adalora_fast.nn import Factors
+from adalora_fast.nn.calls import keep_called
+from adalora_fast.nn.plain import PLAIN_LINEARS, PLAIN_TENSORS, calls_more
 from adalora_fast.ops import adalora_delta_, adalora_linear
 
-PLAIN_TENSORS = (nn.Parameter, Tensor)
-PLAIN_LINEARS = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
+PLAIN_BASES = (*PLAIN_LINEARS, Conv1D)
+PLAIN_DROPOUTS = (nn.Dropout, nn.Identity)
 QUANTISED = ("peft.tuners.adalora.bnb", "peft.tuners.adalora.gptq")  # modules of layers over such bases
 
 
@@ -24,7 +26,7 @@ class FusedLayer:
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer plus every active adapter, scaled by lora_alpha / (ranknum + 1e-5)."""
         names = [name for name in self.active_adapters if name in self.lora_A and self.r[name] > 0]
-        if self.disable_adapters or self.merged or args or kwargs:
+        if self.disable_adapters or self.merged or args or kwargs or any(map(self._drops_otherwise, names)):
             return super().forward(x, *args, **kwargs)
         weight = self._weight() if names else None
         if weight is None:
@@ -39,8 +41,16 @@ class FusedLayer:
         """The base's weight [out, in], where its product may be part of the op."""
         return None
 
+    def _drops_otherwise(self, name: str) -> bool:
+        """Whether the adapter's dropout is not PEFT's any more, so that only a call of it is right."""
+        dropout = self.lora_dropout[name]
+        return type(dropout) not in PLAIN_DROPOUTS or calls_more(dropout)
+
     def _adapter(self, name: str) -> tuple:
-        """The arguments of the op after the base's: factors, scale, dropout, mode."""
+        """The arguments of the op after the base's: factors, scale, dropout, mode.
+
+        The mode is the dropout's own: it may be on in evaluation (Monte Carlo dropout), or off in training.
+        """
         dropout = self.lora_dropout[name]
         return (
             self.lora_A[name],
@@ -48,7 +58,7 @@ class FusedLayer:
             self.lora_B[name],
             self.scaling[name] / self._denominator[name],
             getattr(dropout, "p", 0.0),
-            self.training,
+            dropout.training,
             self.precision,
         )
 
@@ -95,7 +105,8 @@ class FusedSVDLinear(FusedLayer, SVDLinear):
     def _weight(self) -> Tensor | None:
         base = self.base_layer
         # A quantised weight (torchao's is a tensor subclass in a plain nn.Linear) knows its own product only.
-        if type(base.weight) not in PLAIN_TENSORS or _calls_more_than_its_product(base):
+        # Hooks, a forward and another base may have been put there after ``fuse``.
+        if type(base) not in PLAIN_BASES or type(base.weight) not in PLAIN_TENSORS or calls_more(base):
             return None
         return base.weight.t() if isinstance(base, Conv1D) else base.weight
 
@@ -113,12 +124,6 @@ def __getattr__(name: str):
 
         return _fused_class(getattr(adalora, name.removeprefix("Fused")))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _calls_more_than_its_product(base: nn.Module) -> bool:
-    """Whether the base layer carries hooks or a forward of its own, which only a call of it respects."""
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    return any(hooks) or "forward" in base.__dict__
 
 
 def factors_of(layer: AdaLoraLayer, adapter_name: str | None) -> Factors | None:
@@ -153,7 +158,7 @@ def refusal(layer: AdaLoraLayer) -> str | None:
         return None
     if type(layer) is not SVDLinear:
         return f"{type(layer).__name__} has no fused form"
-    if type(layer.base_layer) not in PLAIN_LINEARS:
+    if type(layer.base_layer) not in PLAIN_BASES:
         return f"its base is a {type(layer.base_layer).__name__}, not a plain linear"
     return None
 
@@ -162,6 +167,7 @@ def fuse_layer(layer: AdaLoraLayer, precision: str, trained_adapter: str | None)
     """Give ``layer`` its fused class in place; returns why not where that cannot be."""
     if isinstance(layer, FusedLayer):
         return None
+    keep_called(layer.lora_A)  # a container that is never called: the hook on it costs nothing
     reason = refusal(layer)
     if reason is None:
         layer.__class__ = FusedSVDLinear if type(layer) is SVDLinear else _fused_class(type(layer))

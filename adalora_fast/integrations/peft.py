@@ -22,6 +22,7 @@ from adalora_fast.integrations.layers import (
     merge_refusal,
 )
 from adalora_fast.integrations.scales import check_scales, set_scales, take_over
+from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
 from adalora_fast.regulariser import Regulariser
@@ -256,6 +257,7 @@ def fuse(
     reasons = {
         name: fuse_layer(layer, precision, adapter) for name, layer in adapter_layers(tuner.model).items()
     }
+    call_every_layer(model)
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
     tuner._warned_order, tuner._forgotten = False, 0
     tuner.__class__ = FusedAdaLoraModel

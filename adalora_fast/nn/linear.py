@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adalora_fast.nn.calls import is_called, keep_called
+from adalora_fast.nn.plain import carry_hooks, carry_over, more_than_its_product
 from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import PRECISIONS
 
@@ -71,6 +73,7 @@ class AdaLoraLinear(nn.Module):
         self.lora_E = nn.Parameter(torch.empty(r, 1, **factor))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **factor))
         self.reset_parameters()
+        keep_called(self)
 
     @classmethod
     def from_linear(
@@ -82,20 +85,30 @@ class AdaLoraLinear(nn.Module):
         dropout: float = 0.0,
         precision: str = "default",
     ) -> "AdaLoraLinear":
-        """The adapted form of ``linear``: same device, weight and bias (shared, not copied), frozen.
+        """The adapted form of ``linear``: same device, weight and bias (shared, not copied), frozen; its
+        further attributes, buffers and parameters are kept.
 
         Args:
             linear: the layer to adapt.
             r, alpha, dropout, precision: as for the class.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear`` with floating-point weights.
+            TypeError: ``linear`` is not an ``nn.Linear`` with floating-point weights, or does more than
+                x Wᵀ + b: a subclass, hooks, parametrizations, a forward of its own. The message says what to
+                do.
+            ValueError: it has an attribute whose name means something else here.
         """
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        if not isinstance(linear, nn.Linear):
             raise TypeError(f"from_linear needs an nn.Linear with floating-point weights, got {linear}")
+        if (more := more_than_its_product(linear)) is not None:
+            raise TypeError(f"from_linear needs an nn.Linear and nothing more than that; this one {more}")
+        if not linear.weight.is_floating_point():
+            dtype = linear.weight.dtype
+            raise TypeError(f"from_linear needs an nn.Linear with floating-point weights, this has {dtype}")
+        out_features, in_features = linear.weight.shape
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            in_features,
+            out_features,
             r,
             alpha=alpha,
             dropout=dropout,
@@ -110,6 +123,7 @@ class AdaLoraLinear(nn.Module):
         for name, factor in layer.factors()._asdict().items():
             setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=linear.weight.device)))
         layer.reset_lora_parameters()
+        carry_over(linear, layer, nn.Linear(1, 1, device="meta"))
         return layer.train(linear.training)
 
     @property
@@ -122,11 +136,13 @@ class AdaLoraLinear(nn.Module):
         return Factors(self.lora_A, self.lora_E, self.lora_B)
 
     def to_linear(self) -> nn.Linear:
-        """The frozen layer alone, on the same weight and bias."""
+        """The frozen layer alone, on the same weight and bias, with this layer's hooks and other members."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
         )
         linear.weight, linear.bias = self.weight, self.bias
+        carry_over(self, linear, AdaLoraLinear(1, 1, 1, device="meta"))
+        carry_hooks(self, linear, without=is_called)
         return linear.train(self.training)
 
     def set_factors(self, factors: Factors) -> None:

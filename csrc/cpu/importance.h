@@ -15,7 +15,7 @@ namespace adalora_fast {
 enum class Score { sensitivity, movement, fisher, gsnr, magnitude };
 enum class Smoothing { ema_uncertainty, ema, sum, none };
 
-constexpr int64_t SCORES = 5, SMOOTHINGS = 4;
+constexpr int64_t SCORES = 5, SMOOTHINGS = 4;  // as ops/importance/native.py numbers them
 
 // What is kept per entry: gsnr's mean and variance first, then the smoothing's own rows.
 constexpr int moment_rows(Score score) { return score == Score::gsnr ? 2 : 0; }

@@ -29,11 +29,18 @@ struct Lerp {
 
 template <Score score, typename T>
 T signal(T w, T g) {
-    if constexpr (score == Score::sensitivity) return std::abs(w * g);
-    if constexpr (score == Score::movement) return -(w * g);
-    if constexpr (score == Score::fisher) return g * g;
-    if constexpr (score == Score::gsnr) return g;  // its I is the ratio, which needs the moments
-    if constexpr (score == Score::magnitude) return std::abs(w) + T(0) * g;  // an infinite gradient shows
+    if constexpr (score == Score::sensitivity) {
+        return std::abs(w * g);
+    } else if constexpr (score == Score::movement) {
+        return -(w * g);
+    } else if constexpr (score == Score::fisher) {
+        return g * g;
+    } else if constexpr (score == Score::gsnr) {
+        return g;  // its I is the ratio, which needs the moments
+    } else {
+        static_assert(score == Score::magnitude, "this score has no formula here");
+        return std::abs(w) + T(0) * g;  // an infinite gradient shows
+    }
 }
 
 // Whether every signal is finite with room for what is computed from it: differences, and gsnr's squares.
@@ -74,8 +81,9 @@ void update_block(const T* __restrict w, const T* __restrict g, T* __restrict me
             }
         } else if constexpr (smoothing == Smoothing::sum) {
             first[i] += value;
-        } else if constexpr (score != Score::gsnr) {
-            first[i] = value;
+        } else {
+            static_assert(smoothing == Smoothing::none, "this smoothing has no formula here");
+            if constexpr (score != Score::gsnr) first[i] = value;
         }
     }
 }

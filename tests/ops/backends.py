@@ -23,10 +23,11 @@ def each_backend(op: str, *names: str):
     @pytest.fixture(scope="module", params=names, autouse=True)
     def backend_in_use(request):
         before = os.environ.get(backend.VARIABLE, "auto")
+        force(request.param)  # the interpreter of Triton runs only where it is asked for
         reason = None if request.param == "auto" else backend._refusal(op, request.param, "cpu")
         if reason is not None:
+            force(before)
             pytest.skip(reason)
-        force(request.param)
         yield request.param
         force(before)
 

@@ -272,3 +272,24 @@ def test_many_layers_are_still_two_launches_and_one(monkeypatch):
     bad[-1][-1, -1] = float("nan")
     kernels.update_(bad, bad, statistics, updates, "sensitivity", "none", *BETAS)
     assert torch.equal(before, statistics) and (updates == 1).all()
+
+
+@pytest.mark.parametrize(("score", "smoothing"), [("cubic", "none"), ("fisher", "median")])
+def test_a_name_without_a_formula_does_not_compile(score, smoothing, monkeypatch):
+    """Should what triton.py declares and what kernels.py computes ever differ, nothing is computed."""
+    assert kernels.limit(score, smoothing) is not None
+    monkeypatch.setitem(reference.SIGNALS, "cubic", lambda w, g: w)
+    monkeypatch.setitem(reference.SMOOTHINGS, "median", ("last",))
+    parameters = make(((5, 2, 3),))
+    statistics, updates = buffers(parameters, score, smoothing)
+    with pytest.raises(Exception, match="has no formula here"):
+        kernels.update_(parameters, parameters, statistics, updates, score, smoothing, *BETAS)
+    assert (statistics == 0).all() and (updates == 0).all()
+
+
+def test_a_smoothing_without_a_formula_is_not_scored(monkeypatch):
+    monkeypatch.setitem(reference.SMOOTHINGS, "median", ("last",))
+    parameters = make(((5, 2, 3),))
+    statistics, _ = buffers(parameters, "fisher", "median")
+    with pytest.raises(Exception, match="this smoothing has no formula here"):
+        kernels.triplet_scores(parameters, statistics, "fisher", "median")

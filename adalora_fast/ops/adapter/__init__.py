@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adalora_fast.ops import backend, launch
-from adalora_fast.ops.adapter import native, reference
+from adalora_fast.ops.adapter import native, plain, reference
+from adalora_fast.ops.adapter.checks import PRECISIONS, check, check_base, check_result
 from adalora_fast.ops.adapter.dropout import draw_seed
 from adalora_fast.ops.library import (
     autocast_is_on,
@@ -22,8 +23,9 @@ from adalora_fast.ops.library import (
     without_autocast,
 )
 from adalora_fast.ops.native import cpu_refusal
+from adalora_fast.ops.transforms import is_transformed
 
-PRECISIONS = ("default", "highest")
+__all__ = ["PRECISIONS", "adalora_delta_", "adalora_linear"]
 
 backend.register("adapter", "reference", reference)
 backend.register("adapter", "cpu", native, cpu_refusal)
@@ -237,39 +239,6 @@ _run_delta = _differentiable("adapter_delta", _delta, _save_delta, _delta_gradie
 refuse_second_order("adapter_backward")
 
 
-def _check(
-    x: Tensor,
-    base: tuple[tuple[str, Tensor], ...],
-    out_features: int,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    dropout_p: float,
-    precision: str,
-) -> None:
-    """Refuse what does not fit. ``base``: the base's tensors by name, which share x's device."""
-    rank = lora_A.shape[0]
-    if lora_A.dim() != 2 or lora_E.shape != (rank, 1) or lora_B.shape != (out_features, rank):
-        raise ValueError(
-            f"lora_A {tuple(lora_A.shape)}, lora_E {tuple(lora_E.shape)}, lora_B {tuple(lora_B.shape)} do "
-            f"not fit; they must be (r, in), (r, 1) and ({out_features}, r)"
-        )
-    in_features = lora_A.shape[1]
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        has = "no dimension" if x.dim() == 0 else f"{x.shape[-1]} features"
-        raise ValueError(f"x has {has}, lora_A takes {in_features}; x must be [..., {in_features}]")
-    device = x.device
-    for name, tensor in (*base, ("x", x), ("lora_A", lora_A), ("lora_E", lora_E), ("lora_B", lora_B)):
-        if tensor.device != device:
-            raise ValueError(f"x is on {device} and {name} on {tensor.device}; move one of them with .to()")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}; the adapter takes floating point, cast it first")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
-
-
 def adalora_linear(
     x: Tensor,
     weight: Tensor,
@@ -306,16 +275,9 @@ def adalora_linear(
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, naming them.
     """
-    if weight.dim() != 2 or weight.shape[1] != lora_A.shape[-1]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} and lora_A {tuple(lora_A.shape)} must be (out, in), (r, in)"
-        )
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(
-            f"bias {tuple(bias.shape)} and weight {tuple(weight.shape)} must be (out,) and (out, in)"
-        )
+    check_base(weight, bias, lora_A)
     base = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
-    _check(x, base, weight.shape[0], lora_A, lora_E, lora_B, dropout_p, precision)
+    check(x, base, weight.shape[0], lora_A, lora_E, lora_B, dropout_p, precision)
     device_type = x.device.type
     if autocast_is_on(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -324,6 +286,9 @@ def adalora_linear(
         types = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"{types}; give them one type or use autocast")
     highest = precision == "highest"
+    if is_transformed(x):
+        inputs = F.dropout(x, dropout_p, training)
+        return plain.delta(F.linear(x, weight, bias), inputs, lora_A, lora_E, lora_B, scaling, highest)
     dropped, seed = _dropout(x, dropout_p) if training and dropout_p > 0.0 else (None, None)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
@@ -367,14 +332,13 @@ def adalora_delta_(
     Raises:
         ValueError, TypeError: shapes, devices or types that do not fit, naming them.
     """
-    if result.dim() == 0:
-        raise ValueError("result is a scalar; it must be the base layer's output [..., out]")
-    _check(x, (("result", result),), result.shape[-1], lora_A, lora_E, lora_B, dropout_p, precision)
-    if x.shape[:-1] != result.shape[:-1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} and result {tuple(result.shape)} must agree in all but the last size"
-        )
+    check_result(result, x)
+    check(x, (("result", result),), result.size(-1), lora_A, lora_E, lora_B, dropout_p, precision)
     highest = precision == "highest"
+    if is_transformed(x):
+        return plain.delta(
+            result, F.dropout(x, dropout_p, training), lora_A, lora_E, lora_B, scaling, highest
+        )
     dropped, seed = _dropout(x, dropout_p) if training and dropout_p > 0.0 else (None, None)
     inputs = x if dropped is None else dropped
     arguments = (result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)

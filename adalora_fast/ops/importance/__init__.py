@@ -2,6 +2,9 @@
 once.
 """
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -11,11 +14,48 @@ from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of
 from adalora_fast.ops.library import NO_CUDA_GRAPH, define
 from adalora_fast.ops.native import cpu_refusal
 
-__all__ = ["SIGNALS", "SMOOTHINGS", "importance_scores", "importance_update_", "layout_of", "statistic_names"]
+__all__ = [
+    "SIGNALS",
+    "SMOOTHINGS",
+    "importance_scores",
+    "importance_update_",
+    "layout_of",
+    "not_computed",
+    "statistic_names",
+]
 
 backend.register("importance", "reference", reference)
 backend.register("importance", "cpu", native, cpu_refusal)
 backend.register("importance", "triton", launch.LazyModule(f"{__name__}.triton"), launch.refusal)
+
+
+def _limit(functions: object, score: str, smoothing: str) -> str | None:
+    """Why an implementation does not compute this score with this smoothing, or None."""
+    declared = getattr(functions, "limit", None)
+    return "its kernels do not declare what they compute" if declared is None else declared(score, smoothing)
+
+
+@cache
+def _within_limits(functions: object, score: str, smoothing: str) -> object:
+    """``functions``, or the reference for a score that they do not compute, which is said once."""
+    reason = _limit(functions, score, smoothing)
+    if reason is None:
+        return functions
+    warnings.warn(f"importance runs in plain PyTorch: {reason}", UserWarning, stacklevel=2)
+    return reference
+
+
+def _functions(device: torch.device, score: str, smoothing: str) -> object:
+    return _within_limits(backend.kernel("importance", device.type), score, smoothing)
+
+
+def not_computed(device_type: str) -> list[str]:
+    """Why the backend that is chosen for a device type leaves built-in scores to the reference; normally
+    empty.
+    """
+    functions = backend.kernel("importance", device_type)
+    reasons = [_limit(functions, score, smoothing) for score in SIGNALS for smoothing in SMOOTHINGS]
+    return list(dict.fromkeys(reason for reason in reasons if reason is not None))
 
 
 @define(
@@ -25,7 +65,7 @@ backend.register("importance", "triton", launch.LazyModule(f"{__name__}.triton")
     tags=NO_CUDA_GRAPH,
 )
 def _update(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active=None):
-    functions = backend.kernel("importance", statistics.device.type)
+    functions = _functions(statistics.device, score, smoothing)
     with torch.no_grad():
         functions.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active)
 
@@ -38,7 +78,7 @@ def _update(parameters, grads, statistics, updates, score, smoothing, beta1, bet
     tags=NO_CUDA_GRAPH,
 )
 def _scores(parameters, statistics, score, smoothing):
-    functions = backend.kernel("importance", statistics.device.type)
+    functions = _functions(statistics.device, score, smoothing)
     return functions.triplet_scores(parameters, statistics, score, smoothing)
 
 

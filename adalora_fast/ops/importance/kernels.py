@@ -32,8 +32,10 @@ def _signal(weight, gradient, SCORE: tl.constexpr):
         signal = gradient * gradient
     elif SCORE == "gsnr":
         signal = gradient
-    else:
+    elif SCORE == "magnitude":
         signal = tl.abs(weight) + 0 * gradient  # an infinite gradient still shows
+    else:
+        tl.static_assert(False, "this score has no formula here; write one, or refuse it in triton.limit")
     return signal
 
 
@@ -153,13 +155,15 @@ def update_kernel(
         tl.store(first, total + signal, mask=moving)
     elif SMOOTHING == "none" and SCORE != "gsnr":  # gsnr's moments are enough
         tl.store(first, signal, mask=moving)
-    elif SMOOTHING != "none":
+    elif SMOOTHING == "ema" or SMOOTHING == "ema_uncertainty":
         average = _lerp(tl.load(first, mask=inside, other=0.0), signal, rate1)  # Ī, eq. 9
         tl.store(first, average, mask=moving)
         if SMOOTHING == "ema_uncertainty":
             spread = tl.load(first + stride, mask=inside, other=0.0)
             spread = _lerp(spread, tl.abs(signal - average), rate2)  # Ū, eq. 10
             tl.store(first + stride, spread, mask=moving)
+    elif SMOOTHING != "none":
+        tl.static_assert(False, "this smoothing has no formula here; write one, or refuse it in triton.limit")
 
     for start in range(program * COUNTS, n_parameters, tl.num_programs(0) * COUNTS):
         parameter = start + tl.arange(0, COUNTS)
@@ -179,6 +183,11 @@ def _element_scores(statistics, stride, entries, inside, SCORE: tl.constexpr, SM
     elif SCORE == "gsnr" and SMOOTHING == "none":
         variance = tl.load(statistics + stride + entries, mask=inside, other=0.0)
         scores = gradient_signal_to_noise(scores, variance)
+    else:
+        tl.static_assert(
+            SMOOTHING == "ema" or SMOOTHING == "sum" or SMOOTHING == "none",
+            "this smoothing has no formula here; write one, or refuse it in triton.limit",
+        )
     return scores
 
 

@@ -9,11 +9,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of
+from adalora_fast.ops.importance.reference import layout_of, unknown
 
-# As csrc/cpu/importance.h numbers them.
-SCORE_NUMBERS = {name: number for number, name in enumerate(SIGNALS)}
-SMOOTHING_NUMBERS = {name: number for number, name in enumerate(SMOOTHINGS)}
+# What csrc/cpu/importance.h computes, as it numbers them. The reference may have more.
+SCORE_NUMBERS = {"sensitivity": 0, "movement": 1, "fisher": 2, "gsnr": 3, "magnitude": 4}
+SMOOTHING_NUMBERS = {"ema_uncertainty": 0, "ema": 1, "sum": 2, "none": 3}
+
+
+def limit(score: str, smoothing: str) -> str | None:
+    """Why the kernels do not compute this score with this smoothing, or None."""
+    return unknown("the C++ kernels", tuple(SCORE_NUMBERS), tuple(SMOOTHING_NUMBERS), score, smoothing)
 
 
 @lru_cache(maxsize=64)

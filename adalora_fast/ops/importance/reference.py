@@ -155,6 +155,21 @@ def signals(
     return stacked, torch.stack(peaks).isfinite().all()
 
 
+def unknown(
+    kernels: str, scores: tuple[str, ...], smoothings: tuple[str, ...], score: str, smoothing: str
+) -> str | None:
+    """Why ``kernels`` that compute ``scores`` and ``smoothings`` do not compute this pair, or None."""
+    for what, name, names in (("score", score, scores), ("smoothing", smoothing, smoothings)):
+        if name not in names:
+            return f"{kernels} do not compute {what} {name!r}, they have {names}"
+    return None
+
+
+def limit(score: str, smoothing: str) -> str | None:
+    """This is the meaning of every score and smoothing: there is none that it does not compute."""
+    return None
+
+
 def smooth_(
     rows: dict[str, Tensor], value: Tensor, smoothing: str, alive: Tensor, beta1: float, beta2: float
 ) -> None:
@@ -165,6 +180,8 @@ def smooth_(
         rows["sum"].addcmul_(value, alive)
     elif smoothing == "none":
         rows["last"].lerp_(value, alive)
+    elif smoothing not in ("ema", "ema_uncertainty"):
+        raise NotImplementedError(f"smooth_ has no branch for smoothing {smoothing!r}; add one to it")
     else:
         rows["ema"].lerp_(value, alive * (1 - beta1))
         if smoothing == "ema_uncertainty":
@@ -228,12 +245,17 @@ def update_(
 
 
 def element_scores(rows: dict[str, Tensor], score: str, smoothing: str) -> Tensor:
-    """s of every entry of a group."""
-    if smoothing == "ema_uncertainty":
-        return rows["ema"] * rows["uncertainty"]
+    """s of every entry of a group: eq. 11 where an uncertainty is kept, else the smoothing's own row."""
     if smoothing == "none" and score == "gsnr":
         return gradient_signal_to_noise(rows["mean"], rows["variance"])
-    return rows[SMOOTHINGS[smoothing][0]]
+    kept = SMOOTHINGS[smoothing]
+    if kept == ("ema", "uncertainty"):
+        return rows["ema"] * rows["uncertainty"]
+    if len(kept) > 1:
+        raise NotImplementedError(
+            f"smoothing {smoothing!r} keeps {kept}: say in element_scores what score they make"
+        )
+    return rows[kept[0]]
 
 
 def triplet_scores(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from adalora_fast.ops import tables
 from adalora_fast.ops.importance import kernels, reference
-from adalora_fast.ops.importance.reference import Layout, layout_of
+from adalora_fast.ops.importance.reference import Layout, layout_of, unknown
 from adalora_fast.ops.launch import launch
+
+# What kernels.py computes; a name that it does not know ends its compilation.
+SCORES = ("sensitivity", "movement", "fisher", "gsnr", "magnitude")
+SMOOTHINGS = ("ema_uncertainty", "ema", "sum", "none")
 
 CHUNK = 2048  # entries of a program
 WARPS = 8  # of it; with 4, entry by entry access spills on sm_80 (Triton 3.6)
@@ -23,6 +27,11 @@ FLAGS = 512  # programs that look for bad signals: every program of the update r
 MISSING = 3  # the type code of a gradient that is None
 TRIPLETS = 8  # of a program: one 32-byte sector of a row of lora_B's statistics
 BLOCK = 256  # entries of each of them at a time
+
+
+def limit(score: str, smoothing: str) -> str | None:
+    """Why the kernels do not compute this score with this smoothing, or None."""
+    return unknown("the Triton kernels", SCORES, SMOOTHINGS, score, smoothing)
 
 
 def update_(

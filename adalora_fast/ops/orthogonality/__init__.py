@@ -7,6 +7,7 @@ from adalora_fast.ops import backend, launch
 from adalora_fast.ops.library import NO_CUDA_GRAPH, define, define_gradient, no_second_order, without_autocast
 from adalora_fast.ops.orthogonality import reference
 from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
+from adalora_fast.ops.transforms import is_transformed
 
 PENALTIES = ("fro", "squared")
 
@@ -107,6 +108,8 @@ def orthogonality(
             raise ValueError(
                 f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} must be (r, in) and (out, r)"
             )
+    if is_transformed(lora_A[0]):  # whose derivative PyTorch's own operators know
+        return reference.loss(lora_A, lora_B, penalty, False)
     return torch.ops.adalora_fast.orthogonality(lora_A, lora_B, penalty, torch.is_grad_enabled())
 
 
