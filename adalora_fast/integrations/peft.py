@@ -90,9 +90,35 @@ class FusedAdaLoraModel(AdaLoraModel):
         return self._optimizer_version() != self._first_version
 
     def _finite_gradients(self) -> bool:
-        """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients)."""
+        """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients, and adapters
+        that did not run have none).
+        """
         grads = [parameter.grad for parameter in self.rankallocator.parameters()]
-        return all_finite([grad for grad in grads if grad is not None])
+        present = [grad for grad in grads if grad is not None]
+        return bool(present) and all_finite(present)
+
+    def train(self, mode: bool = True) -> "FusedAdaLoraModel":
+        """PEFT's. What is evaluated is what is saved: without pruned triplets (see :meth:`keep_pruned`)."""
+        if not mode:
+            self.keep_pruned()
+        return super().train(mode)
+
+    def keep_pruned(self) -> None:
+        """After the final mask: zero triplets that averaged weights or an optimizer's copy brought back."""
+        allocator = self.rankallocator
+        if allocator is None or not allocator.is_final:
+            return
+        came_back = 0 if is_sharded(allocator) else allocator.count_returned()
+        allocator.apply_mask()
+        if came_back and not self._warned_returned:
+            self._warned_returned = True
+            warnings.warn(
+                f"{came_back} pruned triplets had come back (an average of weights or an optimizer's copy of "
+                "them was loaded) and are zeroed again; weights of another run need load_adapter(), which "
+                "knows their mask",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def require_allocator(self) -> RankAllocator:
         """The allocator of the adapter under training.
@@ -172,6 +198,15 @@ class FusedAdaLoraModel(AdaLoraModel):
         """
         config = self.peft_config[self.trainable_adapter_name]
         before = config.rank_pattern, config.inference_mode
+        self.keep_pruned()
+        if self.rankallocator.is_stale_copy():
+            warnings.warn(
+                "this copy of a model has new weights and its allocator is still at step "
+                f"{self.rankallocator.t}, where it was copied; for an average of the trained model call that "
+                "one's rankallocator.apply_mask(copy) first",
+                UserWarning,
+                stacklevel=4,
+            )
         if config.rank_pattern is None and self.rankallocator.is_over:
             config.rank_pattern = self.peft_rank_pattern()
         try:
@@ -294,6 +329,7 @@ def fuse(
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
     tuner.orth_penalty, tuner.precision = orth_penalty, precision
     tuner.regularised, tuner._warned_order, tuner._forgotten = True, False, 0
+    tuner._warned_returned = False
     tuner.__class__ = FusedAdaLoraModel
     for name, settings in tuner.peft_config.items():
         take_over(adapter_layers(tuner.model), settings, name)
@@ -307,6 +343,14 @@ def fuse(
             warnings.warn(
                 "the config's rank_pattern is dropped: no finished run left it in these layers, which are "
                 "allocated from the start, with empty statistics",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif any(not values.is_meta and values.any() for values in tuner.rankallocator.lambdas()):
+            warnings.warn(
+                "these adapter weights were trained before, and the allocator starts at step 0 with empty "
+                "statistics; to go on with a checkpoint's run, call "
+                f"model.load_adapter(folder, {adapter!r}, is_trainable=True) now, which reads its state",
                 UserWarning,
                 stacklevel=2,
             )
