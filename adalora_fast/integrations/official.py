@@ -27,8 +27,9 @@ def import_official(source: Mapping[str, Tensor] | str | os.PathLike, model: nn.
 
     Taken over are lora_A, lora_E and lora_B of every adapted layer, and the modules that ``model`` trains
     whole (PEFT's ``modules_to_save``). The base weights stay the model's own (the official code may have
-    saved them with ΔW merged in). The model's allocator, if it has one, starts again at step 0; called
-    without further training, its ``finalize()`` keeps the largest \|λ\|. ``lora_alpha`` is not in such checkpoints: give the model that of the run.
+    saved them with ΔW merged in). The model's allocator, if it has one, starts again at step 0;
+    without further training its ``finalize()`` keeps the triplets of the largest λ. ``lora_alpha`` is not in
+    such checkpoints: give the model that of the run.
 
     Args:
         source: a state dict, or the path of a ``.safetensors`` file. Names are those of the base model, with

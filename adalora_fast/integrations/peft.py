@@ -23,6 +23,7 @@ from adalora_fast.integrations.layers import (
     merge_refusal,
 )
 from adalora_fast.integrations.scales import check_scales, set_scales, take_over
+from adalora_fast.integrations.weights import check_before_saving, keep_pruned, warn_of_trained
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
@@ -98,27 +99,10 @@ class FusedAdaLoraModel(AdaLoraModel):
         return bool(present) and all_finite(present)
 
     def train(self, mode: bool = True) -> "FusedAdaLoraModel":
-        """PEFT's. What is evaluated is what is saved: without pruned triplets (see :meth:`keep_pruned`)."""
+        """PEFT's; what is evaluated has no pruned triplets, as what is saved."""
         if not mode:
-            self.keep_pruned()
+            keep_pruned(self)
         return super().train(mode)
-
-    def keep_pruned(self) -> None:
-        """After the final mask: zero triplets that averaged weights or an optimizer's copy brought back."""
-        allocator = self.rankallocator
-        if allocator is None or not allocator.is_final:
-            return
-        came_back = 0 if is_sharded(allocator) else allocator.count_returned()
-        allocator.apply_mask()
-        if came_back and not self._warned_returned:
-            self._warned_returned = True
-            warnings.warn(
-                f"{came_back} pruned triplets had come back (an average of weights or an optimizer's copy of "
-                "them was loaded) and are zeroed again; weights of another run need load_adapter(), which "
-                "knows their mask",
-                UserWarning,
-                stacklevel=4,
-            )
 
     def require_allocator(self) -> RankAllocator:
         """The allocator of the adapter under training.
@@ -198,15 +182,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         """
         config = self.peft_config[self.trainable_adapter_name]
         before = config.rank_pattern, config.inference_mode
-        self.keep_pruned()
-        if self.rankallocator.is_stale_copy():
-            warnings.warn(
-                "this copy of a model has new weights and its allocator is still at step "
-                f"{self.rankallocator.t}, where it was copied; for an average of the trained model call that "
-                "one's rankallocator.apply_mask(copy) first",
-                UserWarning,
-                stacklevel=4,
-            )
+        check_before_saving(self)
         if config.rank_pattern is None and self.rankallocator.is_over:
             config.rank_pattern = self.peft_rank_pattern()
         try:
@@ -346,14 +322,8 @@ def fuse(
                 UserWarning,
                 stacklevel=2,
             )
-        elif any(not values.is_meta and values.any() for values in tuner.rankallocator.lambdas()):
-            warnings.warn(
-                "these adapter weights were trained before, and the allocator starts at step 0 with empty "
-                "statistics; to go on with a checkpoint's run, call "
-                f"model.load_adapter(folder, {adapter!r}, is_trainable=True) now, which reads its state",
-                UserWarning,
-                stacklevel=2,
-            )
+        else:
+            warn_of_trained(tuner.rankallocator, adapter)
     model.__class__ = _fused_model_class(type(model))
     return model
 

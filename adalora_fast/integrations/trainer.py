@@ -140,7 +140,7 @@ class AdaLoraCallback(TrainerCallback):
             write_state(allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _allocator(self, model: nn.Module) -> RankAllocator | None:
-        """None for a model that is only evaluated: its adapter is loaded for inference, merged or exported."""
+        """None for a model that is only evaluated (its adapter is for inference, merged or exported)."""
         carries_adapter = any(isinstance(module, AdaLoraLayer) for module in model.modules())
         return self._tuner(model).rankallocator if carries_adapter else None
 
