@@ -252,13 +252,13 @@ class RankAllocator(AllocatedLayers):
         """
         if copy is None:
             apply_mask_(self._mask, self.lambdas())
-            self._mask_optimizers()
+            self._mask_optimizers(self._mask)
         else:
             follow(copy, self)
 
-    def _mask_optimizers(self) -> None:
+    def _mask_optimizers(self, mask: Tensor) -> None:
         if self._attachment is not None:
-            mask_optimizers_(self._attachment.optimizers, self._mask, self.lambdas())
+            mask_optimizers_(self._attachment.optimizers, mask, self.lambdas())
 
     def _make_final(self) -> None:
         self._warn_of_few_updates(self._position.updates)
@@ -280,7 +280,7 @@ class RankAllocator(AllocatedLayers):
         else:
             kept = self._unless_too_early(kept)
         self._keep(allocate_(scores, kept, self.lambdas(), self.processes), scores)
-        self._mask_optimizers()
+        self._mask_optimizers(self._mask)
 
     def _unless_unlearnt(self, scores: Tensor) -> Tensor:
         """Too few updates leave |λ| to decide, all that is known of triplets that were trained elsewhere."""

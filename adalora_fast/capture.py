@@ -185,7 +185,9 @@ class CapturableRankAllocator(RankAllocator):
         self._keep(
             torch.where(now.selects, selected, self._mask), torch.where(now.selects, scores, self._scores)
         )
-        apply_mask_(self._mask | ~now.masks, self.lambdas())
+        mask = self._mask | ~now.masks
+        apply_mask_(mask, self.lambdas())
+        self._mask_optimizers(mask)
         self._clock.advance(now)
         self._gradients.remember(self.lambdas())
 

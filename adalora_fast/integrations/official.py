@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.integrations.files import FACTORS, check_numbers, read_tensors
 from adalora_fast.integrations.layers import adapter_layers, factors_of
-from adalora_fast.integrations.peft import is_fused
 from adalora_fast.nn import AdaLoraLinear, Factors
 
 

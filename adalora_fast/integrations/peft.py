@@ -322,7 +322,7 @@ def fuse(
                 UserWarning,
                 stacklevel=2,
             )
-        else:
+        elif config.init_lora_weights:  # λ starts at zero
             warn_of_trained(tuner.rankallocator, adapter)
     model.__class__ = _fused_model_class(type(model))
     return model
