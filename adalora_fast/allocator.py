@@ -301,11 +301,10 @@ class RankAllocator(AllocatedLayers):
         if not self._statistics.fit(parameters):  # the model was moved or cast
             self._statistics.move_to(parameters)
             self._mask = self._mask.to(self._statistics.device)
-        has_some = any(grad is not None for grad in grads)
         if self.score_gradient == "task":
             grads = self._task_gradient.of(parameters, grads, self._statistics.dtype)
         self._statistics.update_(parameters, grads)
-        self._position.updates += has_some
+        self._position.updates += any(grad is not None for grad in grads)
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""

@@ -237,7 +237,7 @@ def test_a_layer_without_a_gradient_keeps_its_statistics(run, own_score):
             if used == (0,):
                 after = statistics(allocator)
                 for name, tensor in after.items():
-                    if "/1." in name:
+                    if "/1." in name and not name.startswith("user/"):
                         assert torch.equal(tensor, before[name]), (score, name)
                     if name.startswith("user/"):
                         assert torch.equal(tensor[1], before[name][1]), (score, name)

@@ -51,7 +51,7 @@ def run_data_parallel(attached: bool):
 
 @pytest.mark.parametrize("attached", [True, False])
 def test_data_parallel(pair, attached):
-    """A process whose batch has no picture gets the others' gradient; only if nobody has one there is none."""
+    """A process whose batch has no picture gets the others' gradient; only if none has one it is missing."""
     results = pair.run(run_data_parallel, attached)
     agree(results)
     for found in results:
