@@ -187,6 +187,16 @@ def test_weights_that_were_swapped_in_lose_the_pruned_triplets():
         assert torch.equal(logits(model), expected)
 
 
+def test_loading_other_weights_into_a_finished_model_keeps_them_whole(tmp_path):
+    """The mask that the model had is not theirs."""
+    other = fuse(adapted("bert", **SHORT))
+    steps(other, adamw(other), 0, 5)
+    other.save_pretrained(tmp_path)
+    model, _ = ended()
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), logits(other))
+
+
 def test_the_saved_average_is_the_evaluated_one(tmp_path):
     model = fuse(adapted("bert", **SHORT))
     optimizer, average = adamw(model), AveragedModel(model)
