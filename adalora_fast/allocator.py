@@ -11,9 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from adalora_fast.allocated_layers import AllocatedLayers
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
-from adalora_fast.distributed import Processes, allocate_, apply_mask_
+from adalora_fast.copies import follow, mask_optimizers_
+from adalora_fast.distributed import Processes, allocate_, apply_mask_, whole
+from adalora_fast.gradients import Gradients, versions
 from adalora_fast.guard import UntrainedLayers
 from adalora_fast.nn import Factors, adapted_layers
 from adalora_fast.nn.calls import call_every_layer
@@ -26,7 +29,7 @@ from adalora_fast.task_gradient import TaskGradient
 SCORE_GRADIENTS = ("total", "task")
 
 
-class RankAllocator:
+class RankAllocator(AllocatedLayers):
     """Scores the triplets (P column, λ, Q row) of all adapted layers and keeps the best b(t) of them.
 
     Statistics follow AdaLoRA (arXiv 2303.10512, eq. 7-11) with w after the optimizer's step, as in the public
@@ -108,6 +111,7 @@ class RankAllocator:
         self.set_schedule(tinit=tinit, tfinal=tfinal, deltaT=deltaT, total_step=total_step)
         self._attachment: Attachment | None = None
         self.processes = Processes()  # in a distributed run: who agrees on the mask
+        self._model, self._gradients, self._is_copy = model, Gradients(), False
         self._task_gradient = TaskGradient()
         self.regulariser: Regulariser | None = None  # the orthogonality term, where its weight is known
         self.keep_whole = False  # whoever ends the run says so with finalize(); the last step alone does not
@@ -133,11 +137,16 @@ class RankAllocator:
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a copy of the allocator, without the ties to the original's optimizer."""
-        return {**self.__dict__, "_attachment": None}
+        return {**self.__dict__, "_attachment": None, "_is_copy": True}
+
+    def is_stale_copy(self) -> bool:
+        """Whether this is a copy from before the final mask, and its weights changed without its steps."""
+        return self._is_copy and not self.is_final and versions(self.lambdas()) > 0
 
     def reset(self) -> None:
         """Forget everything that was learnt: the run starts again at t = 0 with every triplet kept."""
         self._task_gradient.forget()
+        self._gradients.forget()
         self._statistics.reset(self.parameters())
         self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._statistics.device)
         self._scores: Tensor | None = None  # those that the mask was made of
@@ -176,22 +185,6 @@ class RankAllocator:
     def is_over(self, value: bool) -> None:
         self._here().is_over = value
 
-    def total_rank(self) -> int:
-        """The triplets that exist, pruned ones included."""
-        return sum(factors.lora_E.shape[0] for factors in self.factors())
-
-    def factors(self) -> list[Factors]:
-        """Those of every layer, in the order of ties."""
-        return [find() for find in self._layers.values()]
-
-    def parameters(self) -> list[Tensor]:
-        """A_0, E_0, B_0, A_1, ... (looked up anew each time: a parameter object may be replaced)."""
-        return [parameter for factors in self.factors() for parameter in factors]
-
-    def lambdas(self) -> list[Tensor]:
-        """E_0, E_1, ..."""
-        return [factors.lora_E for factors in self.factors()]
-
     @property
     def budget(self) -> int:
         """b(t) of the last step that was taken (b(0) before the first)."""
@@ -202,11 +195,14 @@ class RankAllocator:
     def step(self, t: int | None = None) -> None:
         """Take in the gradients of the optimizer step just done and, where the schedule says so, prune.
 
+        A step in which no adapter parameter had a gradient changes no statistic, and counts.
+
         Args:
             t: the step's index, counted from 0; None continues from the last one.
 
         Raises:
-            ValueError: no adapter parameter has a gradient.
+            ValueError: no adapter parameter has a gradient, and it is not known that the step had none: no
+                optimizer is attached and no other parameter has one (called after ``zero_grad()``).
             RuntimeError: the attached optimizer has not stepped since the last call (called before
                 ``optimizer.step()``, or twice for one).
         """
@@ -216,7 +212,7 @@ class RankAllocator:
             raise ValueError(f"the step must be an integer of at least 0, got {t!r}")
         self._check_order()
         if position.is_final:
-            apply_mask_(self._mask, self.lambdas())
+            self.apply_mask()
         elif t < self.schedule.final_step:
             self._update_statistics()
             if self.schedule.masks_at(t):
@@ -231,6 +227,8 @@ class RankAllocator:
         self._position.t = t + 1  # the final allocation made another one
         self._note_end()
         self._task_gradient.forget()
+        self._gradients.remember(self.lambdas())
+        self._is_copy = False
         if self.regulariser is not None:
             self.regulariser.note_step()
 
@@ -246,8 +244,30 @@ class RankAllocator:
             )
             self._make_final()
         else:
-            apply_mask_(self._mask, self.lambdas())  # whatever the last optimizer step brought back
+            self.apply_mask()  # whatever the last optimizer step brought back
         self._position.is_over = True
+
+    @torch.no_grad()
+    def apply_mask(self, copy: nn.Module | None = None) -> None:
+        """Zero λ of the pruned triplets, and its copies in an attached optimizer.
+
+        Args:
+            copy: a deep copy of the model with weights of its own, such as an average over the run
+                (``AveragedModel``, EMA). Its allocator goes where this one is; its Λ is masked once the mask
+                is final.
+
+        Raises:
+            ValueError: ``copy`` has no allocator of the same layers.
+        """
+        if copy is None:
+            apply_mask_(self._mask, self.lambdas())
+            self._mask_optimizers(self._mask)
+        else:
+            follow(copy, self)
+
+    def _mask_optimizers(self, mask: Tensor) -> None:
+        if self._attachment is not None:
+            mask_optimizers_(self._attachment.optimizers, mask, self.lambdas())
 
     def _make_final(self) -> None:
         self._warn_of_few_updates(self._position.updates)
@@ -256,14 +276,26 @@ class RankAllocator:
 
     def _warn_of_few_updates(self, updates: int) -> None:
         if updates < self.score.min_updates:
-            _warn(f"the final allocation rests on {updates} updates of the statistics; train longer")
+            _warn(
+                f"the final allocation rests on {updates} updates of the statistics, too few for the "
+                f"{self.score.name} score: the triplets of the largest |λ| are kept; train longer"
+            )
 
     def _prune(self, budget: int, final: bool = False) -> None:
         scores = self._statistics.scores(self.parameters())
         kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
-        if not final:
+        if final:
+            scores = self._unless_unlearnt(scores)
+        else:
             kept = self._unless_too_early(kept)
         self._keep(allocate_(scores, kept, self.lambdas(), self.processes), scores)
+        self._mask_optimizers(self._mask)
+
+    def _unless_unlearnt(self, scores: Tensor) -> Tensor:
+        """Too few updates leave |λ| to decide, all that is known of triplets that were trained elsewhere."""
+        sizes = torch.cat([values.detach().flatten() for values in whole(self.lambdas())]).abs()
+        sizes = sizes.to(scores.dtype).nan_to_num(nan=-1.0)  # pruned before all others
+        return torch.where(self._statistics.enough(), scores, sizes)
 
     def _unless_too_early(self, budget: Tensor) -> Tensor:
         """Too few updates keep everything; only the device knows which counted."""
@@ -272,19 +304,9 @@ class RankAllocator:
     def _keep(self, mask: Tensor, scores: Tensor) -> None:
         self._mask, self._scores = mask, scores
 
-    def _gradients(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The parameters and their gradients."""
-        parameters = self.parameters()
-        grads = [parameter.grad for parameter in parameters]
-        if all(grad is None for grad in grads):
-            raise ValueError(
-                "no adapter parameter has a gradient; call allocator.step() after loss.backward() "
-                "and before zero_grad()"
-            )
-        return parameters, grads
-
     def _update_statistics(self) -> None:
-        parameters, grads = self._gradients()
+        parameters = self.parameters()
+        grads = self._gradients.of_step(parameters, self._model, self._attachment)
         self._untrained.look(self._layers, parameters, grads)
         if not self._statistics.fit(parameters):  # the model was moved or cast
             self._statistics.move_to(parameters)
@@ -292,7 +314,7 @@ class RankAllocator:
         if self.score_gradient == "task":
             grads = self._task_gradient.of(parameters, grads, self._statistics.dtype)
         self._statistics.update_(parameters, grads)
-        self._position.updates += 1
+        self._position.updates += any(grad is not None for grad in grads)
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
@@ -312,14 +334,18 @@ class RankAllocator:
         """Tie the allocator to ``optimizer``, so that an allocation cannot silently not run.
 
         Args:
-            optimizer: the one that trains the adapter (wrapped ones, as Accelerate's, are unwrapped).
+            optimizer: the one that trains the adapter. Of wrappers (Accelerate's, SAM, Lookahead, ...) the
+                one inside is followed, see :func:`adalora_fast.attachment.innermost`.
             automatic: step the allocator after every ``optimizer.step()``; no call is needed then. Otherwise
                 :meth:`step` is yours to call, and raises where the optimizer has not stepped. An optimizer
                 step that a ``GradScaler`` skips does not count; a fused optimizer skips it inside its own
                 step, which counts.
 
+        Copies of Λ that the optimizer keeps (schedule-free, slow weights) are pruned with the model's. A
+        warning comes where the weights change a hundred times and the optimizer's ``step()`` is not called.
+
         Raises:
-            ValueError: the optimizer holds none of the adapter's parameters.
+            ValueError: the optimizer holds none of the adapter's parameters, or calls no hooks.
             RuntimeError: another optimizer is attached already.
         """
         if self._attachment is not None:
@@ -337,45 +363,6 @@ class RankAllocator:
         if self._attachment is not None:
             self._attachment.check_order()
 
-    def ranks(self) -> dict[str, int]:
-        """Name of every layer and the number of its triplets that are kept. Waits for the device."""
-        return {name: sum(kept) for name, kept in self.rank_pattern().items()}
-
-    def rank_pattern(self) -> dict[str, list[bool]]:
-        """Name of every layer and, per triplet, whether it is kept. Waits for the device."""
-        kept = self._mask.tolist()
-        pattern, start = {}, 0
-        for name, factors in zip(self._layers, self.factors(), strict=True):
-            stop = start + factors.lora_E.shape[0]
-            pattern[name] = kept[start:stop]
-            start = stop
-        self._report_nan(pattern)
-        return pattern
-
-    def scores(self) -> Tensor | None:
-        """S of every triplet [T] at the last mask (semantics: s(λ) + mean s(P) + mean s(Q)), layer after
-        layer; None before the first.
-        """
-        return None if self._scores is None else self._scores.detach().clone()
-
-    def _report_nan(self, pattern: dict[str, list[bool]]) -> None:
-        """Say once that scores were no numbers, where the device is waited for anyway."""
-        if self._said_nan or self._scores is None or len(self._scores) != len(self._mask):
-            return
-        wrong = self._scores.isnan().tolist()
-        self._said_nan = any(wrong)
-        if self._said_nan:
-            owners = [name for name, kept in pattern.items() for _ in kept]
-            _warn(
-                f"{sum(wrong)} of {len(wrong)} triplets have no number as their {self.score.name} score, the "
-                f"first in {owners[wrong.index(True)]}; they are pruned before all others"
-            )
-
-    @property
-    def layer_names(self) -> tuple[str, ...]:
-        """The adapted layers, in the order of ties."""
-        return tuple(self._layers)
-
     def rebind(self, *, finished: bool = False) -> None:
         """Start anew with the layers as they are, after their ranks changed; an attached optimizer stays.
 
@@ -387,6 +374,8 @@ class RankAllocator:
         self.set_total_step(self.schedule.total_step)  # as before, for the new budgets
         self.reset()
         self._go_to(Position(is_final=finished, is_over=finished))
+        if self._attachment is not None:
+            self._attachment.follow_parameters()
 
     def state_dict(self) -> AllocatorState:
         """Everything a resumed run needs: step, flags, mask, statistics; tensors are copies on the CPU. Of
@@ -412,6 +401,8 @@ class RankAllocator:
     ) -> None:
         """Go on from there; everything fits."""
         self._mask = mask
+        self._is_copy = False
+        self._gradients.forget()
         self._statistics.restore(values, updates, user_state)
         self._go_to(position)
 

@@ -11,7 +11,7 @@ as tables over t (:class:`adalora_fast.schedule.BudgetSchedule`), and a flag tha
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -156,7 +156,8 @@ class CapturableRankAllocator(RankAllocator):
         """Take in the gradients of the optimizer step just done and, where the schedule says so, prune.
 
         Raises:
-            ValueError: ``t`` is given, or no adapter parameter has a gradient.
+            ValueError: ``t`` is given, or no adapter parameter has a gradient and it is not known that the
+                step had none.
             RuntimeError: the attached optimizer has not stepped since the last call, the model was moved, or
                 several processes train together.
         """
@@ -167,7 +168,8 @@ class CapturableRankAllocator(RankAllocator):
                 "capturable=True works in one process only; use capturable=False for distributed runs"
             )
         self._check_order()
-        parameters, grads = self._gradients()
+        parameters = self.parameters()
+        grads = self._gradients.of_step(parameters, self._model, self._attachment)
         # A graph has the gradients of its capture for good: a layer without one then never gets one.
         self._untrained.look(self._layers, parameters, grads, at_once=is_capturing(self._statistics.device))
         if not self._statistics.fit(parameters):
@@ -176,15 +178,21 @@ class CapturableRankAllocator(RankAllocator):
                 "a new allocator"
             )
         now = self._clock.now()
+        if all(grad is None for grad in grads):
+            now = replace(now, updates=torch.zeros_like(now.updates))
         self._statistics.update_(parameters, grads, now.updates)
         scores = self._statistics.scores(parameters)
+        scores = torch.where(now.closes, self._unless_unlearnt(scores), scores)
         budget = torch.where(now.closes, now.budget, self._unless_too_early(now.budget))
         selected = select_triplets(scores, budget)
         self._keep(
             torch.where(now.selects, selected, self._mask), torch.where(now.selects, scores, self._scores)
         )
-        apply_mask_(self._mask | ~now.masks, self.lambdas())
+        mask = self._mask | ~now.masks
+        apply_mask_(mask, self.lambdas())
+        self._mask_optimizers(mask)
         self._clock.advance(now)
+        self._gradients.remember(self.lambdas())
 
     def _keep(self, mask: Tensor, scores: Tensor) -> None:
         self._mask.copy_(mask)

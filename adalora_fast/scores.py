@@ -95,7 +95,8 @@ def register_score(
             parameters of one shape and kind (λ: columns 1), after the optimizer's step, and their gradients.
             ``state`` is a dictionary of tensors that belongs to this group of parameters and is kept between
             steps and in checkpoints. It runs in plain PyTorch, once per shape, and only on steps whose
-            gradients are finite (checking that synchronises).
+            gradients are finite (checking that synchronises). A parameter without a gradient has g = 0, and
+            keeps its rows of those state tensors that are [n, ...].
         smoothing: the default smoothing of I.
         source: where it comes from, for reports.
         min_updates: masks wait for so many updates.
@@ -176,5 +177,15 @@ def _user_signals(
         if not (4 * value).isfinite().all():  # the room that the built-in scores leave, too
             return None
         values.append(value.to(dtype))
-        states.update({prefix + key: tensor for key, tensor in own.items()})
+        alive = torch.tensor([grads[i] is not None for i in group.members], device=weights.device)
+        states.update(
+            {prefix + key: _keep_rows(tensor, state.get(prefix + key), alive) for key, tensor in own.items()}
+        )
     return values, states
+
+
+def _keep_rows(new: Tensor, old: Tensor | None, alive: Tensor) -> Tensor:
+    """``new``, with the rows of ``old`` for the parameters that had no gradient."""
+    if old is None or old.shape != new.shape or new.dim() == 0 or len(new) != len(alive):
+        return new
+    return torch.where(alive.view(-1, *[1] * (new.dim() - 1)).to(new.device), new, old)

@@ -86,7 +86,9 @@ class TaskGradient:
     def of(
         self, parameters: list[Tensor], grads: list[Tensor | None], dtype: torch.dtype
     ) -> list[Tensor | None]:
-        """``grads`` (of A_0, E_0, B_0, A_1, ...) without the term's part."""
+        """``grads`` (of A_0, E_0, B_0, A_1, ...) without the term's part; None for the layers that the task
+        did not reach, where λ, which the term leaves alone, has no gradient.
+        """
         grads = self._without_added(parameters, grads)
         pairs = [
             (grads[i].to(dtype).flatten(), raw.to(dtype).flatten())
@@ -103,7 +105,9 @@ class TaskGradient:
         for kind, parts in zip((0, 2), both, strict=True):
             for layer, part in enumerate(parts):
                 position = 3 * layer + kind
-                if position in self._raw and result[position] is not None:
+                if grads[3 * layer + 1] is None and parameters[3 * layer + 1].requires_grad:
+                    result[position] = None
+                elif position in self._raw and result[position] is not None:
                     result[position] = result[position] - (factor * part).to(part.dtype)
         return result
 

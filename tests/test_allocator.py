@@ -159,7 +159,8 @@ def test_ending_before_the_first_step():
     with pytest.warns(UserWarning) as warned:
         allocator.finalize()
     assert any("rests on 0 updates" in str(w.message) for w in warned)
-    assert kept(allocator) == [True] * 5 + [False] * 7, "all scores are equal: the first are kept"
+    sizes = lambdas(make_model()).abs()
+    assert kept(allocator) == (sizes >= sizes.sort().values[-5]).tolist(), "the largest |λ| are kept"
 
 
 @pytest.mark.parametrize("jump", [10, 11, 50])

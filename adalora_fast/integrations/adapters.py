@@ -15,6 +15,7 @@ from adalora_fast.integrations.checkpoints import Checkpoint, renamed_pattern
 from adalora_fast.integrations.layers import FusedLayer, adapter_layers
 from adalora_fast.integrations.policies import pattern_of_copy
 from adalora_fast.integrations.scales import set_scales
+from adalora_fast.integrations.weights import check_before_saving
 
 
 class WithAdapters(AdaLoraModel):
@@ -89,6 +90,8 @@ class WithAdapters(AdaLoraModel):
         """
         config = self.peft_config[adapter]
         before = config.rank_pattern, config.inference_mode
+        if adapter == getattr(self, "trainable_adapter_name", None):
+            check_before_saving(self)
         if config.rank_pattern is None:
             config.rank_pattern = self._pattern_to_save(adapter)
         self._is_saving = True

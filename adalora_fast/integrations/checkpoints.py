@@ -253,9 +253,9 @@ class WithAllocator(WithPolicies):
         tuner.match_ranks(checkpoint)
         config = tuner.peft_config[adapter_name]
         config.rank_pattern = None  # the layers have their ranks, PEFT must not cut them again
+        allocator.rebind(finished=finished)  # before the weights: PEFT ends with eval(), which masks
         result = super().load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **kwargs)
         config.rank_pattern = checkpoint.rank_pattern
-        allocator.rebind(finished=finished)
         if state is not None:
             allocator.load_state_dict(state)
             if not allocator.is_final and not is_trainable:

@@ -1,5 +1,6 @@
 """``compact``: after the final mask, take the pruned triplets out of the layers and the optimizer's state."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from adalora_fast.allocator import RankAllocator
+from adalora_fast.attachment import chain_of, is_watch
 from adalora_fast.integrations.layers import set_factors
 from adalora_fast.integrations.peft import is_fused
 from adalora_fast.nn import AdaLoraLinear, Factors
@@ -46,7 +48,7 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     Args:
         model: a fused PEFT model, or one of :class:`adalora_fast.AdaLoraLinear` layers with a
             :class:`adalora_fast.RankAllocator`.
-        optimizer: the one that trains it (wrapped ones, as Accelerate's, are unwrapped); None if none does.
+        optimizer: the one that trains it (of wrappers, the ones inside follow too); None if none does.
 
     Returns:
         Name of every layer and its rank.
@@ -65,10 +67,9 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         )
     pattern = allocator.rank_pattern()
     cuts = {name: _cuts(find(), pattern[name], name) for name, find in allocator._layers.items()}
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizers = [] if optimizer is None else chain_of(optimizer)
     flat = [cut for layer in cuts.values() for cut in layer]
-    _check_optimizer(optimizer, flat, allocator)
+    _check_optimizer(optimizers, flat, allocator)
     if is_fused(model):
         config = model.peft_config[model.base_model.trainable_adapter_name]
         config.rank_pattern = config.rank_pattern or model.base_model.peft_rank_pattern()
@@ -81,8 +82,8 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             module.set_factors(factors)
         else:
             set_factors(module, model.base_model.trainable_adapter_name, factors)
-    if optimizer is not None:
-        _follow(optimizer, successors)
+    for each in optimizers:
+        _follow(each, successors)
     position = replace(allocator._position, is_over=True)
     allocator.rebind(finished=True)
     allocator._go_to(position)
@@ -115,33 +116,35 @@ def _cuts(factors: Factors, kept: list[bool], layer: str) -> list[_Cut]:
             raise ValueError(
                 f"{layer}.{kind} is a {type(factor.data).__name__}; compact before the model is sharded"
             )
-        if factor._backward_hooks or factor._post_accumulate_grad_hooks:
+        others = [hook for hook in (factor._post_accumulate_grad_hooks or {}).values() if not is_watch(hook)]
+        if factor._backward_hooks or others:
             raise ValueError(
                 f"{layer}.{kind} carries hooks, which a new parameter would lose; remove them first"
             )
     return [_Cut(factor, indices, dim) for factor, dim in zip(factors, (0, 0, 1), strict=True)]
 
 
-def _check_optimizer(optimizer, cuts: list[_Cut], allocator: RankAllocator) -> None:
-    """Everything in the optimizer can follow.
+def _check_optimizer(optimizers: list, cuts: list[_Cut], allocator: RankAllocator) -> None:
+    """Everything in the optimizer and its wrappers can follow.
 
     Raises:
         ValueError: it cannot, or the optimizer is the wrong one.
     """
-    if optimizer is None:
+    if not optimizers:
         if allocator._attachment is not None:
             raise ValueError(
                 "an optimizer is attached to the allocator; give it to compact(model, optimizer) too"
             )
         return
+    optimizer = optimizers[-1]
     kind = type(optimizer).__name__
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         raise ValueError(f"{kind} has no param_groups; give the torch optimizer that trains the adapter")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(cut.old) in held for cut in cuts):
         raise ValueError(f"this {kind} holds none of the adapter's parameters; give the one that trains them")
-    for cut in cuts:
-        for name, value in optimizer.state.get(cut.old, {}).items():
+    for cut, each in itertools.product(cuts, optimizers):
+        for name, value in getattr(each, "state", {}).get(cut.old, {}).items():
             if isinstance(value, Tensor):
                 same = value.shape == cut.old.shape and value.is_floating_point()
                 fits = same or value.numel() == 1
@@ -150,20 +153,21 @@ def _check_optimizer(optimizer, cuts: list[_Cut], allocator: RankAllocator) -> N
             if not fits:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"{kind} keeps {name} {shape} for a parameter {tuple(cut.old.shape)}, which cannot be "
-                    "cut with it; train on masked, or with an optimizer such as AdamW or SGD"
+                    f"{type(each).__name__} keeps {name} {shape} for a parameter {tuple(cut.old.shape)}, "
+                    "which cannot be cut with it; train on masked, or with an optimizer such as AdamW or SGD"
                 )
 
 
 def _follow(optimizer: torch.optim.Optimizer, successors: dict[int, tuple[_Cut, nn.Parameter]]) -> None:
-    for group in optimizer.param_groups:
+    for group in getattr(optimizer, "param_groups", []):
         group["params"] = [
             successors[id(parameter)][1] if id(parameter) in successors else parameter
             for parameter in group["params"]
         ]
+    state = getattr(optimizer, "state", {})
     for cut, new in successors.values():
-        if cut.old in optimizer.state:
-            optimizer.state[new] = {
+        if cut.old in state:
+            state[new] = {
                 name: cut.of(value) if isinstance(value, Tensor) and value.shape == cut.old.shape else value
-                for name, value in optimizer.state.pop(cut.old).items()
+                for name, value in state.pop(cut.old).items()
             }

@@ -14,9 +14,9 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from adalora_fast.allocator import RankAllocator
 from adalora_fast.integrations.files import FACTORS, check_numbers, read_tensors
 from adalora_fast.integrations.layers import adapter_layers, factors_of
-from adalora_fast.integrations.peft import is_fused
 from adalora_fast.nn import AdaLoraLinear, Factors
 
 
@@ -26,7 +26,9 @@ def import_official(source: Mapping[str, Tensor] | str | os.PathLike, model: nn.
 
     Taken over are lora_A, lora_E and lora_B of every adapted layer, and the modules that ``model`` trains
     whole (PEFT's ``modules_to_save``). The base weights stay the model's own (the official code may have
-    saved them with ΔW merged in). ``lora_alpha`` is not in such checkpoints: give the model that of the run.
+    saved them with ΔW merged in). The model's allocator, if it has one, starts again at step 0;
+    without further training its ``finalize()`` keeps the triplets of the largest λ. ``lora_alpha`` is not in
+    such checkpoints: give the model that of the run.
 
     Args:
         source: a state dict, or the path of a ``.safetensors`` file. Names are those of the base model, with
@@ -55,8 +57,11 @@ def import_official(source: Mapping[str, Tensor] | str | os.PathLike, model: nn.
     check_numbers({name: tensor for name, tensor, _ in pairs}, "the checkpoint")
     for _, tensor, place in pairs:
         place.copy_(tensor)
-    if isinstance(model, PeftModel) and is_fused(model) and model.base_model.rankallocator is not None:
-        model.base_model.remember_versions()
+    allocator = getattr(model.base_model if isinstance(model, PeftModel) else model, "rankallocator", None)
+    if isinstance(allocator, RankAllocator):  # its statistics and its mask are of other weights
+        allocator.rebind(finished=allocator.total_rank() <= allocator.schedule.target)
+        if isinstance(model, PeftModel):
+            model.base_model.remember_versions()
     loaded = {name for name, _, _ in pairs}
     different = [
         name

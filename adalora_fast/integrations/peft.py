@@ -22,6 +22,7 @@ from adalora_fast.integrations.layers import (
     merge_refusal,
 )
 from adalora_fast.integrations.scales import check_scales, set_scales, take_over
+from adalora_fast.integrations.weights import keep_pruned, warn_of_trained
 from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
@@ -101,9 +102,18 @@ class FusedAdaLoraModel(WithAdapters):
         return self._optimizer_version() != self._first_version
 
     def _finite_gradients(self) -> bool:
-        """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients)."""
+        """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients, and adapters
+        that did not run have none).
+        """
         grads = [parameter.grad for parameter in self.rankallocator.parameters()]
-        return all_finite([grad for grad in grads if grad is not None])
+        present = [grad for grad in grads if grad is not None]
+        return bool(present) and all_finite(present)
+
+    def train(self, mode: bool = True) -> "FusedAdaLoraModel":
+        """PEFT's; what is evaluated has no pruned triplets, as what is saved."""
+        if not mode:
+            keep_pruned(self)
+        return super().train(mode)
 
     def require_allocator(self) -> RankAllocator:
         """The allocator of the adapter under training.
@@ -259,7 +269,7 @@ def fuse(
     }
     call_every_layer(model)
     tuner.unfused = {name: reason for name, reason in reasons.items() if reason is not None}
-    tuner._warned_order, tuner._forgotten = False, 0
+    tuner._warned_order, tuner._warned_returned, tuner._forgotten = False, False, 0
     tuner.__class__ = FusedAdaLoraModel
     for name, settings in tuner.peft_config.items():
         take_over(adapter_layers(tuner.model), settings, name)
@@ -276,6 +286,8 @@ def fuse(
                 UserWarning,
                 stacklevel=2,
             )
+        elif config.init_lora_weights:  # λ starts at zero
+            warn_of_trained(tuner.rankallocator, adapter)
     model.__class__ = _fused_model_class(type(model))
     return model
 

@@ -4,9 +4,11 @@ import warnings
 from pathlib import Path
 
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from adalora_fast.allocator import RankAllocator
 from adalora_fast.allocator_state import is_sharded, read_state, write_state
 from adalora_fast.integrations.figures import RankHistograms, figures_of, is_training_log
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
@@ -89,7 +91,7 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Fuse before the Trainer loads a checkpoint, so that the allocator's state is loaded with it."""
-        self._tuner(model)
+        self._allocator(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Fit the schedule to the run and tie the allocator to the optimizer."""
@@ -102,12 +104,14 @@ class AdaLoraCallback(TrainerCallback):
             )
         resumed = state.global_step > 0
         if not resumed and allocator.t > 0:
-            allocator.reset()  # a run that starts again, as auto_find_batch_size makes it
+            _start_again(allocator)
         if resumed and allocator.t != state.global_step:
             self._load_state(
                 allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
             )
         self._fit_schedule(tuner, state.max_steps)
+        if resumed:
+            _warn_of_larger_budget(allocator)
         allocator.keep_whole = True  # checkpoints of a run in progress keep whole tensors, to the last
         allocator.is_over = False
         allocator.detach()
@@ -123,9 +127,9 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         """Add budget, ranks and R to a training log; what ``evaluate()`` returns stays as it is."""
-        if not is_training_log(logs):
+        allocator = self._allocator(model)
+        if allocator is None or not is_training_log(logs):
             return
-        allocator = self._tuner(model).rankallocator
         ranks = allocator.ranks()
         figures = figures_of(allocator, ranks.values())
         logs.update(figures)
@@ -150,6 +154,11 @@ class AdaLoraCallback(TrainerCallback):
         allocator = self._tuner(model).rankallocator
         if is_sharded(allocator):
             write_state(allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _allocator(self, model: nn.Module) -> RankAllocator | None:
+        """None for a model that is only evaluated (its adapter is for inference, merged or exported)."""
+        carries_adapter = any(isinstance(module, AdaLoraLayer) for module in model.modules())
+        return self._tuner(model).rankallocator if carries_adapter else None
 
     def _tuner(self, model: nn.Module) -> FusedAdaLoraModel:
         model = unwrap(model)
@@ -208,6 +217,36 @@ class AdaLoraCallback(TrainerCallback):
                 "state for it; give AdaLoraCallback to the Trainer when it is made"
             )
         allocator.load_state_dict(state)
+
+
+def _start_again(allocator: RankAllocator) -> None:
+    """A second run on one model, or one that begins anew as ``auto_find_batch_size`` makes it."""
+    if allocator.is_final and allocator.is_over:
+        warnings.warn(
+            f"this adapter's allocation is over: it trains on within the {allocator.budget} triplets that it "
+            "kept; for a new allocation make a new adapter, or call rankallocator.reset() before train()",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    warnings.warn(
+        f"the run starts again at step 0 with all {allocator.total_rank()} triplets; the allocator's "
+        f"{allocator.t} steps so far are dropped. To go on with them, call train(resume_from_checkpoint=...)",
+        UserWarning,
+        stacklevel=3,
+    )
+    allocator.reset()
+
+
+def _warn_of_larger_budget(allocator: RankAllocator) -> None:
+    kept = sum(allocator.ranks().values())
+    if allocator.budget > kept:
+        warnings.warn(
+            f"the run goes on with another schedule: the budget of step {allocator.t} is {allocator.budget}, "
+            f"{kept} triplets had been kept; pruned ones come back",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _steps(given: int | float | None, configured: int, fraction: float, max_steps: int) -> int:

@@ -13,7 +13,7 @@ from adalora_fast.integrations.layers import adapter_layers
 from tests.integrations.exporting import kept_of, off
 from tests.integrations.helpers import logits, no_warning, one_line
 from tests.models import TARGETS, adapted, batch, bert, trained_weights
-from tests.small_model import make_model
+from tests.small_model import make_allocator, make_model
 
 RANK, ALPHA = 4, 8
 
@@ -177,3 +177,55 @@ def test_a_pickle_under_another_name(tmp_path):
 def test_a_plain_model():
     with one_line(TypeError, "BertForSequenceClassification", "get_peft_model"):
         import_official(official().state_dict(), bert())
+
+
+# -- and then no training ----------------------------------------------------------------------
+
+
+KEPT = sum(len(kept_of(index)) for index in range(6))
+
+
+@pytest.mark.parametrize("target_r", [1, 2, 3])
+def test_finalize_keeps_what_was_trained(target_r):
+    """Of more triplets than the budget the largest |λ|; of fewer, all."""
+    theirs, model = official(), target(init_r=4, target_r=target_r)
+    import_official(theirs.state_dict(), model)
+    allocator = model.base_model.rankallocator
+    sizes = torch.cat([values.detach().flatten() for values in allocator.lambdas()]).abs()
+    with pytest.warns(UserWarning, match=r"the largest \|λ\| are kept"):
+        allocator.finalize()
+    kept = torch.tensor([keep for layer in allocator.rank_pattern().values() for keep in layer])
+    budget = 6 * target_r
+    assert kept.sum() == budget and sizes[kept].min() >= sizes[~kept].max()
+    assert budget < KEPT or off(logits(model), expected(theirs)) <= 1e-6
+
+
+def test_an_allocator_that_was_elsewhere_starts_again():
+    """Its statistics and its mask were of other weights."""
+    model = target(total_step=12, tinit=0, tfinal=4, deltaT=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(12):
+        model.train()(**batch(step)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    theirs, allocator = official(), model.base_model.rankallocator
+    assert allocator.is_final
+    import_official(theirs.state_dict(), model)
+    assert allocator.t == 0 and not allocator.is_final
+    assert off(logits(model.eval()), expected(theirs)) <= 1e-6
+
+
+def test_a_native_model_imports_and_keeps_what_was_trained():
+    model = make_model((4, 4, 4), dtype=torch.float32)
+    names = [name for name, _ in model.named_modules() if name in ("0", "2", "4")]
+    source = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in names:
+        source[f"{name}.lora_E"][1:3] = 0
+        source[f"{name}.lora_E"][3] = 2.0
+    other = make_model((4, 4, 4), dtype=torch.float32, seed=1)
+    allocator = make_allocator(other, target_total_rank=6)
+    import_official(source, other)
+    with pytest.warns(UserWarning, match=r"the largest \|λ\| are kept"):
+        allocator.finalize()
+    assert list(allocator.rank_pattern().values()) == 3 * [[True, False, False, True]]

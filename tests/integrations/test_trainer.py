@@ -156,7 +156,7 @@ def test_models_without_adalora(model, tmp_path):
         else get_peft_model(bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     )
     with one_line(TypeError, "BertForSequenceClassification" if model == "plain" else "LoraModel", "AdaLora"):
-        trainer(made, tmp_path)
+        trainer(made, tmp_path).train()
 
 
 def test_a_model_fused_before(tmp_path):
