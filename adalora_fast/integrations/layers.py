@@ -161,6 +161,7 @@ def refusal(layer: AdaLoraLayer) -> str | None:
 def fuse_layer(layer: AdaLoraLayer, precision: str, trained_adapter: str | None) -> str | None:
     """Give ``layer`` its fused class in place; returns why not where that cannot be."""
     if isinstance(layer, FusedLayer):
+        layer.precision, layer.trained_adapter = precision, trained_adapter
         return None
     reason = refusal(layer)
     if reason is None:

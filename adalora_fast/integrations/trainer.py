@@ -8,8 +8,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from adalora_fast.allocator_state import is_sharded, read_state, write_state
+from adalora_fast.integrations.locate import peft_models, unwrapped
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
+from adalora_fast.integrations.run_folders import checkpoint_folder, complete, read_allocator
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
 
@@ -59,33 +60,34 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Fuse before the Trainer loads a checkpoint, so that the allocator's state is loaded with it."""
-        self._tuner(model)
+        self._tuners(model)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Fit the schedule to the run and tie the allocator to the optimizer."""
-        tuner = self._tuner(model)
-        allocator = tuner.require_allocator()
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError(
                 "DeepSpeed keeps gradients (ZeRO-1, ZeRO-2) and parameters (ZeRO-3) in buffers of its own, "
                 "where the allocator cannot read them; use DistributedDataParallel or FSDP2"
             )
-        resumed = state.global_step > 0
-        if not resumed and allocator.t > 0:
-            allocator.reset()  # a run that starts again, as auto_find_batch_size makes it
-        if resumed and allocator.t != state.global_step:
-            self._load_state(
-                allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
-            )
-        self._fit_schedule(tuner, state.max_steps)
-        allocator.keep_whole = True  # checkpoints of a run in progress keep whole tensors, to the last
-        allocator.is_over = False
-        allocator.detach()
-        allocator.attach(optimizer, automatic=False)
+        for tuner in self._tuners(model):
+            allocator, resumed = tuner.require_allocator(), state.global_step > 0
+            if not resumed and allocator.t > 0:
+                allocator.reset()  # a run that starts again, as auto_find_batch_size makes it
+            if resumed and allocator.t != state.global_step:
+                self._load_state(model, tuner, checkpoint_folder(args, state), state.global_step)
+            self._fit_schedule(tuner, state.max_steps)
+            allocator.keep_whole = True  # checkpoints of a run in progress keep whole tensors, to the last
+            allocator.is_over = False
+            allocator.detach()
+            allocator.attach(optimizer, automatic=False)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Where the loss was not the model's own (label smoothing), add γ · ∇R to the clipped gradients."""
-        tuner = self._tuner(model)
+        for tuner in self._tuners(model):
+            self._add_orthogonality(tuner)
+
+    @staticmethod
+    def _add_orthogonality(tuner: FusedAdaLoraModel) -> None:
         weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
         if tuner.regularised or weight == 0:
             return
@@ -103,14 +105,15 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """One allocator step, between ``optimizer.step()`` and ``zero_grad()``."""
-        self._tuner(model).rankallocator.step(state.global_step)
+        for tuner in self._tuners(model):
+            tuner.rankallocator.step(state.global_step)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         """Add the budget and the spread of the ranks to the log entry."""
-        allocator = self._tuner(model).rankallocator
-        ranks = allocator.ranks().values()
+        allocators = [tuner.rankallocator for tuner in self._tuners(model)]
+        ranks = [rank for allocator in allocators for rank in allocator.ranks().values()]
         figures = {
-            "adalora/budget": allocator.budget,
+            "adalora/budget": sum(allocator.budget for allocator in allocators),
             "adalora/rank_min": min(ranks),
             "adalora/rank_max": max(ranks),
         }
@@ -121,33 +124,42 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Make sure of the final budget; from now on checkpoints hold only the triplets that were kept."""
-        allocator = self._tuner(model).rankallocator
-        allocator.detach()
-        if allocator.t == 0 and state.global_step > 0:
-            warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
-        allocator.finalize()
+        for tuner in self._tuners(model):
+            allocator = tuner.rankallocator
+            allocator.detach()
+            if allocator.t == 0 and state.global_step > 0:
+                warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            if best is not None and not isinstance(unwrapped(model), PeftModel):
+                self._follow_best(model, tuner, best)
+            allocator.finalize()
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        """Of a sharded adapter the Trainer saves the weights in one process; the state takes all of them."""
-        allocator = self._tuner(model).rankallocator
-        if is_sharded(allocator):
-            write_state(allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Add the allocators' state where the Trainer did not save it with the weights."""
+        complete(model, checkpoint_folder(args, state), args.should_save)
 
-    def _tuner(self, model: nn.Module) -> FusedAdaLoraModel:
-        model = unwrap(model)
-        if not is_fused(model):
-            fuse(model, self.score or "sensitivity", **self.fuse_options)
-        tuner = model.base_model
-        if (
-            self.score is not None
-            and tuner.rankallocator is not None
-            and tuner.rankallocator.score.name != self.score
-        ):
-            raise ValueError(
-                f"the callback asks for score {self.score!r}, the model was fused with "
-                f"{tuner.rankallocator.score.name!r}; give it to one of them only"
-            )
-        return tuner
+    def _tuners(self, model: nn.Module) -> list[FusedAdaLoraModel]:
+        """Those of all adapted models in ``model`` that are trained; fused here if they are not yet.
+
+        Raises:
+            TypeError: there is none.
+        """
+        found = peft_models(model)
+        if not found or not all(is_fused(each) for each in found.values()):
+            fuse(model if found else unwrap(model), self.score or "sensitivity", **self.fuse_options)
+            found = peft_models(model)
+        tuners = [each.base_model for each in found.values()]
+        for tuner in tuners:
+            if (
+                self.score is not None
+                and tuner.rankallocator is not None
+                and tuner.rankallocator.score.name != self.score
+            ):
+                raise ValueError(
+                    f"the callback asks for score {self.score!r}, the model was fused with "
+                    f"{tuner.rankallocator.score.name!r}; give it to one of them only"
+                )
+        return [tuner for tuner in tuners if tuner.rankallocator is not None] or tuners[:1]
 
     def _fit_schedule(self, tuner: FusedAdaLoraModel, max_steps: int) -> None:
         config = tuner.peft_config[tuner.trainable_adapter_name]
@@ -170,15 +182,29 @@ class AdaLoraCallback(TrainerCallback):
             setattr(config, name, value)
 
     @staticmethod
-    def _load_state(allocator, folder: Path, step: int) -> None:
-        """For a model that was fused after its weights were loaded."""
-        state = read_state(folder)
+    def _load_state(model: nn.Module, tuner: FusedAdaLoraModel, folder: Path, step: int) -> None:
+        """For a model that the Trainer loads without its allocator, or that was fused after it was loaded."""
+        allocator, state = tuner.rankallocator, read_allocator(model, tuner, folder)
         if state is None or state["config"]["t"] != step:
             raise ValueError(
                 f"the run resumes at step {step}, but the allocator is at {allocator.t} and {folder} has no "
-                "state for it; give AdaLoraCallback to the Trainer when it is made"
+                "state for it; give AdaLoraCallback to the Trainer when it is made, and leave the checkpoint "
+                "in the run's output_dir"
             )
         allocator.load_state_dict(state)
+
+    @staticmethod
+    def _follow_best(model: nn.Module, tuner: FusedAdaLoraModel, folder: str) -> None:
+        """The Trainer has loaded the best weights; the allocator goes back to where they were saved."""
+        state = read_allocator(model, tuner, folder)
+        if state is None:
+            warnings.warn(
+                f"{folder} has no state of the allocator for the best weights; they get the last mask",
+                UserWarning,
+                stacklevel=3,
+            )
+        else:
+            tuner.rankallocator.load_state_dict(state)
 
 
 def _steps(given: int | float | None, configured: int, fraction: float, max_steps: int) -> int:
