@@ -45,6 +45,8 @@ class InjectedAdaLoraModel(FusedAdaLoraModel):
     allocator.
     """
 
+    drops_pruned = False
+
     @property
     def training(self) -> bool:
         """The model's mode."""
@@ -71,16 +73,6 @@ class InjectedAdaLoraModel(FusedAdaLoraModel):
     @rankallocator.setter
     def rankallocator(self, allocator: RankAllocator | None) -> None:
         self.model.__dict__["rankallocator"] = allocator
-
-    @contextlib.contextmanager
-    def saving(self):
-        """Files hold whole tensors, unless the layers themselves were cut down."""
-        config = self.peft_config[self.trainable_adapter_name]
-        before = config.rank_pattern, config.inference_mode
-        try:
-            yield
-        finally:
-            config.rank_pattern, config.inference_mode = before
 
     def settle(self, adapter: str) -> None:
         """Layers and scales of an adapter that PEFT has just added."""

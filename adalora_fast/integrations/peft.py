@@ -35,6 +35,8 @@ FORGOTTEN_AFTER = 100  # optimizer steps without one allocator step
 class FusedAdaLoraModel(AdaLoraModel):
     """PEFT's AdaLoRA tuner with the fused layers, the closed-form regulariser and :class:`RankAllocator`."""
 
+    drops_pruned = True  # from the files of a finished run
+
     def forward(self, *args, **kwargs):
         """The base model's forward; in training γ · R is added to ``outputs.loss`` (never in evaluation)."""
         return self.regularise(self.model.forward(*args, **kwargs))
@@ -175,7 +177,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         """
         config = self.peft_config[self.trainable_adapter_name]
         before = config.rank_pattern, config.inference_mode
-        if config.rank_pattern is None and self.rankallocator.is_over:
+        if self.drops_pruned and config.rank_pattern is None and self.rankallocator.is_over:
             config.rank_pattern = self.peft_rank_pattern()
         try:
             with warnings.catch_warnings():
