@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
 from adalora_fast.distributed import Processes, allocate_, apply_mask_
-from adalora_fast.nn import Factors, adapted_layers
+from adalora_fast.nn import Factors, adapted_layers, nothing_adapted
 from adalora_fast.schedule import BudgetSchedule, Position
 from adalora_fast.scores import get_score, resolve_smoothing
 from adalora_fast.statistics import Statistics
@@ -79,9 +79,7 @@ class RankAllocator:
     ) -> None:
         self._layers = dict(adapted_layers(model) if layers is None else layers)
         if not self._layers:
-            raise ValueError(
-                f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
-            )
+            raise ValueError(nothing_adapted(model))
         if score_gradient not in SCORE_GRADIENTS:
             raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
         self.score = get_score(score)

@@ -24,7 +24,7 @@ from adalora_fast.integrations.locate import peft_models, unwrapped
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the Trainer keeps the checkpoint of the current step (a search puts it into a trial's folder)."""
     output, name = Path(args.output_dir), f"checkpoint-{state.global_step}"
-    folder = output / (state.trial_name or "") / name
+    folder = output / (getattr(state, "trial_name", None) or "") / name
     if folder.is_dir():
         return folder
     trials = sorted(output.glob(f"run-*/{name}"), key=lambda found: found.stat().st_mtime)

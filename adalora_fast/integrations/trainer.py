@@ -129,14 +129,15 @@ class AdaLoraCallback(TrainerCallback):
             allocator.detach()
             if allocator.t == 0 and state.global_step > 0:
                 warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
-            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            best = getattr(state, "best_model_checkpoint", None)
+            best = best if getattr(args, "load_best_model_at_end", False) else None
             if best is not None and not isinstance(unwrapped(model), PeftModel):
                 self._follow_best(model, tuner, best)
             allocator.finalize()
 
     def on_save(self, args, state, control, model=None, **kwargs):
         """Add the allocators' state where the Trainer did not save it with the weights."""
-        complete(model, checkpoint_folder(args, state), args.should_save)
+        complete(model, checkpoint_folder(args, state), getattr(args, "should_save", True))
 
     def _tuners(self, model: nn.Module) -> list[FusedAdaLoraModel]:
         """Those of all adapted models in ``model`` that are trained; fused here if they are not yet.

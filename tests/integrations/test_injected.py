@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from adalora_fast import compact, fuse, import_official, orthogonality_loss, to_lora
+from adalora_fast import RankAllocator, compact, fuse, import_official, orthogonality_loss, to_lora
 from adalora_fast.integrations.layers import FusedLayer, adapter_layers
 from adalora_fast.integrations.locate import peft_models, tuners
 from tests.integrations.helpers import no_warning, one_line, same_state, same_weights
@@ -201,6 +201,48 @@ def test_adapters_of_another_kind_beside():
 def test_a_part_of_an_adapted_model():
     with one_line(TypeError, "BertEncoder", "configuration", "add_adapter"):
         fuse(added().bert.encoder)
+
+
+def test_an_allocator_made_by_hand():
+    schedule = {"total_step": END, "target_r": 2, "tinit": 2, "tfinal": 4}
+    for call in (lambda model: RankAllocator(model, **schedule), orthogonality_loss):
+        with one_line(ValueError, "BertForSequenceClassification", "fuse(model)"):
+            call(added())
+    model, other = fuse(added()), fuse(added())
+    allocator = RankAllocator(model, score="fisher", **schedule)  # takes the place of the one from fuse
+    assert model.rankallocator is allocator is model.adalora.base_model.rankallocator
+    assert allocator.layer_names == other.rankallocator.layer_names
+    run_steps(model, allocator)
+    assert kept_triplets(model) == 2 * LAYERS
+
+
+def test_a_model_of_diffusers_shape():
+    # Its mixin keeps no more of an adapter than the layers, `peft_config` and a flag.
+    class Unet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q, self.to_out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def add_adapter(self, adapter_config, adapter_name="default"):
+            inject_adapter_in_model(adapter_config, self, adapter_name)
+            self._hf_peft_config_loaded = True
+
+        def forward(self, x):
+            return self.to_out(self.to_q(x).tanh())
+
+    model = Unet()
+    model.add_adapter(config(target_modules=["to_q", "to_out"]))
+    fuse(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model.rankallocator.attach(optimizer)
+    for step in range(END):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(model.rankallocator.ranks().values()) == 4 and model.rankallocator.is_over
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(to_lora(model).eval()(x), model.eval()(x))
 
 
 def test_compact_and_import_official_take_the_model_itself(finished):
