@@ -59,7 +59,8 @@ class InjectedAdaLoraModel(FusedAdaLoraModel):
     @property
     def active_adapter(self) -> list[str]:
         """What transformers' ``set_adapter`` chose in the layers."""
-        return next(iter(adapter_layers(self.model).values())).active_adapters
+        layers = adapter_layers(self.model).values()
+        return next((layer.active_adapters for layer in layers), [])
 
     @active_adapter.setter
     def active_adapter(self, names) -> None:
@@ -73,6 +74,14 @@ class InjectedAdaLoraModel(FusedAdaLoraModel):
     @rankallocator.setter
     def rankallocator(self, allocator: RankAllocator | None) -> None:
         self.model.__dict__["rankallocator"] = allocator
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        """PEFT's; the model that comes back carries no adapters and is fused no longer."""
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        take_handle(model)
+        if "_hf_peft_config_loaded" in model.__dict__:
+            model._hf_peft_config_loaded = False
+        return model
 
     def settle(self, adapter: str) -> None:
         """Layers and scales of an adapter that PEFT has just added."""

@@ -65,7 +65,7 @@ def _found(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, 
     if id(module) in seen:
         return
     seen.add(id(module))
-    if HANDLE in module.__dict__:
+    if isinstance(module.__dict__.get(HANDLE), PeftModel):
         yield name, module.__dict__[HANDLE]
     elif isinstance(module, PeftModel):
         if isinstance(module.base_model, AdaLoraModel):

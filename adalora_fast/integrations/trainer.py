@@ -19,8 +19,9 @@ class AdaLoraCallback(TrainerCallback):
     """Fuses the model if need be, fits the schedule to the run, steps the allocator once per optimizer step,
     ends it.
 
-    Put into ``Trainer(callbacks=[AdaLoraCallback()])``. Logs ``adalora/budget`` and the smallest and largest
-    rank of a layer; checkpoints carry the allocator (the model's ``save_pretrained`` writes it) and resume
+    Put into ``Trainer(callbacks=[AdaLoraCallback()])``. The Trainer's model may be any that :func:`fuse`
+    takes; of several adapted models in it each keeps a budget of its own. Logs ``adalora/budget`` and the
+    smallest and largest rank of a layer; checkpoints carry the allocator (the model's ``save_pretrained`` writes it) and resume
     exactly; a run that stops before the final mask is pruned to the final budget at its end, with a warning.
 
     Args:
@@ -35,7 +36,7 @@ class AdaLoraCallback(TrainerCallback):
 
     Raises:
         ValueError: (at the start of training) a schedule that does not fit the run, naming both numbers.
-        TypeError: the Trainer's model is no PEFT AdaLoRA model.
+        TypeError: there is no AdaLoRA in the Trainer's model.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ def nothing_adapted(model: nn.Module) -> str:
     """What to say of a model in which :func:`adapted_layers` finds nothing."""
     if any(hasattr(module, "lora_E") for module in model.modules()):
         return (
-            f"the AdaLoRA layers of {type(model).__name__} are PEFT's own; call fuse(model), which makes their "
-            "rankallocator"
+            f"the AdaLoRA layers of {type(model).__name__} are PEFT's own; call fuse(model), which gives "
+            "them a rankallocator"
         )
     return f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
 

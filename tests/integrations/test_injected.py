@@ -433,6 +433,17 @@ def test_copies_are_fused_models_of_their_own():
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_merging_through_the_handle(finished, tmp_path):
+    model = copy.deepcopy(finished)
+    merged = model.adalora.merge_and_unload()
+    assert merged is model and type(merged) is BertForSequenceClassification
+    assert not adapter_layers(merged) and not merged._forward_hooks and peft_models(merged) == {}
+    torch.testing.assert_close(logits(merged), logits(finished), rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(merged))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_to_lora(fused, finished, tmp_path):
     model = copy.deepcopy(finished) if fused else awake(added())
