@@ -21,8 +21,9 @@ class AdaLoraCallback(TrainerCallback):
 
     Put into ``Trainer(callbacks=[AdaLoraCallback()])``. The Trainer's model may be any that :func:`fuse`
     takes; of several adapted models in it each keeps a budget of its own. Logs ``adalora/budget`` and the
-    smallest and largest rank of a layer; checkpoints carry the allocator (the model's ``save_pretrained`` writes it) and resume
-    exactly; a run that stops before the final mask is pruned to the final budget at its end, with a warning.
+    smallest and largest rank of a layer; checkpoints carry the allocator (the model's ``save_pretrained``
+    writes it) and resume exactly; a run that stops before the final mask is pruned to the final budget at its
+    end, with a warning.
 
     Args:
         total_step: ``"auto"`` takes the Trainer's number of optimizer steps and writes it into the config
