@@ -18,7 +18,7 @@ from adalora_fast.copies import follow, mask_optimizers_
 from adalora_fast.distributed import Processes, allocate_, apply_mask_, whole
 from adalora_fast.gradients import Gradients, versions
 from adalora_fast.guard import UntrainedLayers
-from adalora_fast.nn import Factors, adapted_layers
+from adalora_fast.nn import Factors, adapted_layers, nothing_adapted
 from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.regulariser import Regulariser
 from adalora_fast.schedule import BudgetSchedule, Position
@@ -87,9 +87,7 @@ class RankAllocator(AllocatedLayers):
         if layers is None:
             call_every_layer(model)
         if not self._layers:
-            raise ValueError(
-                f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
-            )
+            raise ValueError(nothing_adapted(model))
         if score_gradient not in SCORE_GRADIENTS:
             raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
         self.score = get_score(score)

@@ -21,6 +21,7 @@ from adalora_fast.integrations.weights import check_before_saving
 class WithAdapters(AdaLoraModel):
     """The part of the fused tuner that knows which adapters there are, their ranks and their names."""
 
+    drops_pruned = True  # from the files of a finished run
     _is_saving = False
     _renamed: Callable[[str], str] = staticmethod(str)  # a key in a file → the same in the model
 
@@ -107,7 +108,8 @@ class WithAdapters(AdaLoraModel):
     def _pattern_to_save(self, adapter: str) -> dict[str, list[bool]] | None:
         if adapter != getattr(self, "trainable_adapter_name", None):
             return pattern_of_copy(self.model, adapter)
-        return self.peft_rank_pattern() if self.rankallocator.is_over else None
+        drops = self.drops_pruned and self.rankallocator.is_over
+        return self.peft_rank_pattern() if drops else None
 
     def whole_pattern(self, adapter: str) -> dict[str, list[bool]] | None:
         """By layer, the triplets that are not zero in whole tensors, where :meth:`saving` writes those of

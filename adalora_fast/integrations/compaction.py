@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.attachment import chain_of, is_watch
 from adalora_fast.integrations.layers import set_factors
+from adalora_fast.integrations.locate import is_wrapper, the_peft_model
 from adalora_fast.integrations.peft import is_fused
 from adalora_fast.nn import AdaLoraLinear, Factors
 
@@ -46,8 +47,8 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     is then that of the kept triplets alone, and so are norms for clipping.
 
     Args:
-        model: a fused PEFT model, or one of :class:`adalora_fast.AdaLoraLinear` layers with a
-            :class:`adalora_fast.RankAllocator`.
+        model: a fused PEFT model, a module with one in it, or one of :class:`adalora_fast.AdaLoraLinear`
+            layers with a :class:`adalora_fast.RankAllocator`.
         optimizer: the one that trains it (of wrappers, the ones inside follow too); None if none does.
 
     Returns:
@@ -59,6 +60,9 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             has tensors that do not have their parameter's shape (8-bit and factored ones). Nothing was
             changed then.
     """
+    if not is_wrapper(model):
+        inside = the_peft_model(model, "compact")
+        model = model if inside is None else inside
     allocator, root = _allocator_of(model)
     if not allocator.is_final:
         raise ValueError(

@@ -30,7 +30,9 @@ from adalora_fast.integrations.files import (
     read_tensors,
     weights_file,
 )
+from adalora_fast.integrations.injected import forget_handle, take_handle
 from adalora_fast.integrations.layers import adapter_layers
+from adalora_fast.integrations.locate import the_peft_model
 from adalora_fast.integrations.model_card import (
     CARD,
     EXPORTED,
@@ -57,7 +59,9 @@ def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None
     servers take it.
 
     Args:
-        model: a PEFT AdaLoRA model, fused or not, or a model with :class:`adalora_fast.AdaLoraLinear` layers.
+        model: a PEFT AdaLoRA model, fused or not, a model after ``add_adapter`` or
+            ``inject_adapter_in_model``, a module with one such model in it (of which the result is made), or
+            a model with :class:`adalora_fast.AdaLoraLinear` layers.
         uniform: the same rank everywhere, padded with zeros (all zeros at rank 0), as some servers need it.
         adapter_name: of a PEFT model; None is the adapter under training, else the active one.
 
@@ -66,11 +70,13 @@ def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None
 
     Raises:
         TypeError: there is no AdaLoRA adapter in ``model``.
-        ValueError: no such adapter, or it is merged into the weights, sharded, not finite, or all λ are zero.
+        ValueError: several adapted models, no such adapter, or it is merged into the weights, sharded, not
+            finite, or all λ are zero.
     """
-    if isinstance(model, PeftModel):
-        plain, base = _from_peft(model, adapter_name, uniform)
-        allocator = _allocator_of(model.base_model, adapter_name)
+    adapted = model if isinstance(model, PeftModel) else the_peft_model(model, "to_lora")
+    if adapted is not None:
+        plain, base = _from_peft(adapted, adapter_name, uniform)
+        allocator = _allocator_of(adapted.base_model, adapter_name)
     else:
         plain, base = _from_native(model, uniform)
         allocator = model.__dict__.get("rankallocator")
@@ -290,7 +296,9 @@ def _without_adapters(model: nn.Module) -> nn.Module:
     allocator = model.__dict__.get("rankallocator")
     if allocator is not None:
         memo[id(allocator)] = None
+    forget_handle(model, memo)
     base = copy.deepcopy(model, memo)
+    take_handle(base)
     for name in ("rankallocator", "peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(name, None)
     for name, module in list(base.named_modules()):

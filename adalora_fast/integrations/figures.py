@@ -1,7 +1,5 @@
 """What a run shows of its allocation: scalars for its log, a histogram of ranks for its reporters."""
 
-from collections.abc import Iterable
-
 import torch
 from transformers import TrainerCallback
 
@@ -16,18 +14,22 @@ def is_training_log(logs: dict | None) -> bool:
     return logs is not None and "loss" in logs
 
 
-def figures_of(allocator: RankAllocator, ranks: Iterable[int]) -> dict[str, float]:
-    """Budget, spread of the ranks and R, for a log entry. Waits for the device."""
-    ranks = list(ranks)
+def figures_of(allocators: list[RankAllocator], ranks: list[int]) -> dict[str, float]:
+    """Budget, spread of the ranks and R, for a log entry; of several models budgets and R are added up.
+
+    Args:
+        allocators: one for each adapted model.
+        ranks: of all their layers.
+    """
     figures = {
-        "adalora/budget": allocator.budget,
+        "adalora/budget": sum(allocator.budget for allocator in allocators),
         "adalora/rank_min": min(ranks),
         "adalora/rank_mean": sum(ranks) / len(ranks),
         "adalora/rank_max": max(ranks),
     }
-    regulariser = allocator.regulariser
-    if regulariser is not None and regulariser.value is not None:
-        figures["adalora/orthogonality"] = float(regulariser.value)
+    values = [allocator.regulariser.value for allocator in allocators]
+    if any(value is not None for value in values):
+        figures["adalora/orthogonality"] = sum(float(value) for value in values if value is not None)
     return figures
 
 
@@ -51,13 +53,12 @@ class RankHistograms:
         """Whether the next one is to be written."""
         return step >= self._next
 
-    def write(self, ranks: dict[str, int], step: int, max_steps: int) -> None:
+    def write(self, ranks: list[int], step: int, max_steps: int) -> None:
         """Write the ranks at ``step`` of ``max_steps``."""
         self._next = step + max(1, max_steps // HISTOGRAMS)
-        values = list(ranks.values())
         for reporter in self._reporters:
             writer, wandb = getattr(reporter, "tb_writer", None), getattr(reporter, "_wandb", None)
             if writer is not None:
-                writer.add_histogram(RANKS, torch.tensor(values), step)
+                writer.add_histogram(RANKS, torch.tensor(ranks), step)
             elif wandb is not None and wandb.run is not None:
-                wandb.log({RANKS: wandb.Histogram(values), "train/global_step": step})
+                wandb.log({RANKS: wandb.Histogram(ranks), "train/global_step": step})

@@ -166,6 +166,7 @@ def refusal(layer: AdaLoraLayer) -> str | None:
 def fuse_layer(layer: AdaLoraLayer, precision: str, trained_adapter: str | None) -> str | None:
     """Give ``layer`` its fused class in place; returns why not where that cannot be."""
     if isinstance(layer, FusedLayer):
+        layer.precision, layer.trained_adapter = precision, trained_adapter
         return None
     keep_called(layer.lora_A)  # a container that is never called: the hook on it costs nothing
     reason = refusal(layer)

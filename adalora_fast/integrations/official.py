@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.integrations.files import FACTORS, check_numbers, read_tensors
 from adalora_fast.integrations.layers import adapter_layers, factors_of
+from adalora_fast.integrations.locate import the_peft_model
 from adalora_fast.nn import AdaLoraLinear, Factors
 
 
@@ -33,8 +34,8 @@ def import_official(source: Mapping[str, Tensor] | str | os.PathLike, model: nn.
     Args:
         source: a state dict, or the path of a ``.safetensors`` file. Names are those of the base model, with
             or without ``module.`` in front.
-        model: a PEFT AdaLoRA model, fused or not, or one with :class:`adalora_fast.AdaLoraLinear` layers,
-            adapted at the same layers with the same initial rank.
+        model: a PEFT AdaLoRA model, fused or not, a module with one in it, or one with
+            :class:`adalora_fast.AdaLoraLinear` layers, adapted at the same layers with the same initial rank.
 
     Returns:
         Names of tensors outside the adapted layers that differ from the model's and were not loaded; a
@@ -46,6 +47,8 @@ def import_official(source: Mapping[str, Tensor] | str | os.PathLike, model: nn.
             infinite numbers. Nothing was changed then.
     """
     tensors = {name.removeprefix("module."): tensor for name, tensor in _read(source).items()}
+    inside = the_peft_model(model, "import_official")
+    model = model if inside is None else inside
     layers, base, heads = _layers_of(model)
     _check_names(tensors, layers)
     pairs = []

@@ -205,14 +205,14 @@ def __getattr__(name: str):
 
 
 def fuse(
-    model: PeftModel,
+    model: nn.Module,
     score: str = "sensitivity",
     *,
     smoothing: str | None = None,
     score_gradient: str = "total",
     orth_penalty: str = "fro",
     precision: str = "default",
-) -> PeftModel:
+) -> nn.Module:
     """Make a PEFT AdaLoRA model fast and its allocation correct, in place.
 
     Layers, tuner and model change their class, nothing is copied: parameters, state dict, optimizers made
@@ -220,7 +220,9 @@ def fuse(
     nn.Linear) keep PEFT's forward; ``model.base_model.unfused`` names them with the reason.
 
     Args:
-        model: what ``get_peft_model(base, AdaLoraConfig(...))`` or ``PeftModel.from_pretrained`` returned.
+        model: what ``get_peft_model(base, AdaLoraConfig(...))`` or ``PeftModel.from_pretrained`` returned, a
+            model after ``add_adapter`` or ``inject_adapter_in_model``, or any module with such models in it,
+            all of which are fused (:mod:`adalora_fast.integrations.injected`).
         score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude`` or a registered
             name.
         smoothing, score_gradient: see :class:`adalora_fast.RankAllocator`.
@@ -231,10 +233,21 @@ def fuse(
         ``model`` itself.
 
     Raises:
-        TypeError: not a PeftModel with AdaLoRA (also a model made by ``inject_adapter_in_model``).
+        TypeError: there is no AdaLoRA in ``model``.
         ValueError: fused already, a config whose numbers do not fit, an unknown score, smoothing or penalty.
     """
-    tuner = _check_model(model)
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        from adalora_fast.integrations.injected import fuse_inside  # which needs this module
+
+        return fuse_inside(
+            model,
+            score=score,
+            smoothing=smoothing,
+            score_gradient=score_gradient,
+            orth_penalty=orth_penalty,
+            precision=precision,
+        )
+    tuner = check_model(model)
     resolve_smoothing(get_score(score), smoothing)
     if score_gradient not in SCORE_GRADIENTS:
         raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
@@ -249,9 +262,9 @@ def fuse(
     config = tuner.peft_config.get(adapter)
     pattern, finished = None, False
     if config is not None:
-        _check_rank_pattern(config.rank_pattern)
+        check_rank_pattern(config.rank_pattern)
         pattern = config.rank_pattern
-        finished = pattern is not None and _is_finished(tuner, adapter)
+        finished = pattern is not None and is_finished(tuner, adapter)
     previous = getattr(tuner, "rankallocator", None)
     tuner.rankallocator = None
     settings = {"score": score, "smoothing": smoothing, "score_gradient": score_gradient}
@@ -297,22 +310,13 @@ def is_fused(model: nn.Module) -> bool:
     return isinstance(model, WithAllocator)
 
 
-def _check_model(model: nn.Module) -> AdaLoraModel:
+def check_model(model: nn.Module) -> AdaLoraModel:
     if is_fused(model):
         raise ValueError("this model is fused already; make a new one to change its score")
     if isinstance(model, PeftMixedModel):
         raise TypeError(
             "PeftMixedModel has no rank allocator, its AdaLoRA adapters are never pruned; use get_peft_model "
             "without mixed=True to train one"
-        )
-    if not isinstance(model, PeftModel):
-        if any(isinstance(module, AdaLoraLayer) for module in getattr(model, "modules", list)()):
-            raise TypeError(
-                f"{type(model).__name__} carries AdaLoRA layers but is no PeftModel (inject_adapter_in_model "
-                "makes such models); use get_peft_model(model, config) and fuse its result"
-            )
-        raise TypeError(
-            f"fuse needs a PeftModel with AdaLoRA, got {type(model).__name__}; call get_peft_model first"
         )
     tuner = model.base_model
     if type(tuner) is not AdaLoraModel:
@@ -327,7 +331,7 @@ def _check_model(model: nn.Module) -> AdaLoraModel:
     return tuner
 
 
-def _is_finished(tuner: AdaLoraModel, adapter: str) -> bool:
+def is_finished(tuner: AdaLoraModel, adapter: str) -> bool:
     """Whether the layers have the config's rank pattern for good: cut down by it, or masked to the budget.
 
     It is not so in the middle of a run of PEFT's, nor where a user gave a new model a pattern.
@@ -348,7 +352,7 @@ def _is_finished(tuner: AdaLoraModel, adapter: str) -> bool:
     return is_cut or (was_trained and kept_in_all <= config.target_r * len(layers))
 
 
-def _check_rank_pattern(pattern: dict | None) -> None:
+def check_rank_pattern(pattern: dict | None) -> None:
     for name, kept in (pattern or {}).items():
         if not isinstance(kept, (list, torch.Tensor)) or (
             isinstance(kept, list) and set(map(type, kept)) - {bool}

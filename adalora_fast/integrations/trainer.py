@@ -9,9 +9,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from adalora_fast.allocator import RankAllocator
-from adalora_fast.allocator_state import is_sharded, read_state, write_state
 from adalora_fast.integrations.figures import RankHistograms, figures_of, is_training_log
+from adalora_fast.integrations.locate import peft_models, unwrapped
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
+from adalora_fast.integrations.run_folders import checkpoint_folder, complete, read_allocator
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
 
@@ -22,10 +23,12 @@ class AdaLoraCallback(TrainerCallback):
 
     Put into ``Trainer(callbacks=[AdaLoraCallback()])``, or ``AdaLoraCallback().install(trainer)`` if
     TensorBoard, W&B or another reporter shall see its figures: ``adalora/budget``, ``adalora/rank_min``,
-    ``_mean`` and ``_max`` over the layers, ``adalora/orthogonality`` (R), in training logs. γ ∇R reaches the
-    gradients once per optimizer step whoever builds the loss (:mod:`adalora_fast.regulariser`). Checkpoints
-    carry the allocator (the model's ``save_pretrained`` writes it) and resume exactly; a run that stops
-    before the final mask is pruned to the final budget at its end, with a warning.
+    ``_mean`` and ``_max`` over the layers, ``adalora/orthogonality`` (R), in training logs. The Trainer's
+    model may be any that :func:`fuse` takes; of several adapted models in it each keeps a budget of its own.
+    γ ∇R reaches the gradients once per optimizer step whoever builds the loss
+    (:mod:`adalora_fast.regulariser`). Checkpoints carry the allocator (the model's ``save_pretrained`` writes
+    it) and resume exactly; a run that stops before the final mask is pruned to the final budget at its end,
+    with a warning.
 
     Args:
         total_step: ``"auto"`` takes the Trainer's number of optimizer steps and writes it into the config
@@ -39,7 +42,7 @@ class AdaLoraCallback(TrainerCallback):
 
     Raises:
         ValueError: (at the start of training) a schedule that does not fit the run, naming both numbers.
-        TypeError: the Trainer's model is no PEFT AdaLoRA model.
+        TypeError: there is no AdaLoRA in the Trainer's model.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class AdaLoraCallback(TrainerCallback):
                 )
         self.total_step, self.tinit, self.tfinal, self.deltaT = total_step, tinit, tfinal, deltaT
         self.score, self.fuse_options = score, fuse_options
+        self._trained: list[FusedAdaLoraModel] = []  # from the beginning of the training on
         self._histograms: RankHistograms | None = None  # once installed
 
     def install(self, trainer: Trainer) -> "AdaLoraCallback":
@@ -91,47 +95,45 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Fuse before the Trainer loads a checkpoint, so that the allocator's state is loaded with it."""
-        self._allocator(model)
+        if any(isinstance(module, AdaLoraLayer) for module in model.modules()):
+            self._tuners(model)  # without such layers the model is there to be evaluated: merged, or exported
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Fit the schedule to the run and tie the allocator to the optimizer."""
-        tuner = self._tuner(model)
-        allocator = tuner.require_allocator()
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError(
                 "DeepSpeed keeps gradients (ZeRO-1, ZeRO-2) and parameters (ZeRO-3) in buffers of its own, "
                 "where the allocator cannot read them; use DistributedDataParallel or FSDP2"
             )
-        resumed = state.global_step > 0
-        if not resumed and allocator.t > 0:
-            _start_again(allocator)
-        if resumed and allocator.t != state.global_step:
-            self._load_state(
-                allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step
-            )
-        self._fit_schedule(tuner, state.max_steps)
-        if resumed:
-            _warn_of_larger_budget(allocator)
-        allocator.keep_whole = True  # checkpoints of a run in progress keep whole tensors, to the last
-        allocator.is_over = False
-        allocator.detach()
-        allocator.attach(optimizer, automatic=False)
-        allocator.regulariser.act_once(getattr(optimizer, "scaler", None))
+        self._trained = self._tuners(model)
+        for tuner in self._trained:
+            allocator, resumed = tuner.require_allocator(), state.global_step > 0
+            if not resumed and allocator.t > 0:
+                _start_again(allocator)
+            if resumed and allocator.t != state.global_step:
+                self._load_state(model, tuner, checkpoint_folder(args, state), state.global_step)
+            self._fit_schedule(tuner, state.max_steps)
+            if resumed:
+                _warn_of_larger_budget(allocator)
+            allocator.keep_whole = True  # checkpoints of a run in progress keep whole tensors, to the last
+            allocator.is_over = False
+            allocator.detach()
+            allocator.attach(optimizer, automatic=False)
+            allocator.regulariser.act_once(getattr(optimizer, "scaler", None))
         self._greet_reporters(args)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """One allocator step, between ``optimizer.step()`` and ``zero_grad()``."""
-        allocator = self._tuner(model).rankallocator
-        allocator.step(state.global_step)
-        allocator.regulariser.forget()  # also if a GradScaler skipped the optimizer's step
+        for allocator in self._allocators():
+            allocator.step(state.global_step)
+            allocator.regulariser.forget()  # also if a GradScaler skipped the optimizer's step
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         """Add budget, ranks and R to a training log; what ``evaluate()`` returns stays as it is."""
-        allocator = self._allocator(model)
-        if allocator is None or not is_training_log(logs):
+        if not self._trained or not is_training_log(logs):
             return
-        ranks = allocator.ranks()
-        figures = figures_of(allocator, ranks.values())
+        ranks = self._ranks()
+        figures = figures_of(self._allocators(), ranks)
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
@@ -140,41 +142,53 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Make sure of the final budget; from now on checkpoints hold only the triplets that were kept."""
-        allocator = self._tuner(model).rankallocator
-        allocator.detach()
-        if allocator.t == 0 and state.global_step > 0:
-            warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
-        allocator.regulariser.act_on_request()
-        allocator.finalize()
+        for tuner in self._trained:
+            allocator = tuner.rankallocator
+            allocator.detach()
+            if allocator.t == 0 and state.global_step > 0:
+                warnings.warn("the training ended and the budget never moved", UserWarning, stacklevel=2)
+            best = getattr(state, "best_model_checkpoint", None)
+            best = best if getattr(args, "load_best_model_at_end", False) else None
+            if best is not None and not isinstance(unwrapped(model), PeftModel):
+                self._follow_best(model, tuner, best)
+            allocator.regulariser.act_on_request()
+            allocator.finalize()
         if self._histograms is not None:
-            self._histograms.write(allocator.ranks(), state.global_step, state.max_steps)
+            self._histograms.write(self._ranks(), state.global_step, state.max_steps)
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        """Of a sharded adapter the Trainer saves the weights in one process; the state takes all of them."""
-        allocator = self._tuner(model).rankallocator
-        if is_sharded(allocator):
-            write_state(allocator, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Add the allocators' state where the Trainer did not save it with the weights."""
+        complete(model, checkpoint_folder(args, state), getattr(args, "should_save", True))
 
-    def _allocator(self, model: nn.Module) -> RankAllocator | None:
-        """None for a model that is only evaluated (its adapter is for inference, merged or exported)."""
-        carries_adapter = any(isinstance(module, AdaLoraLayer) for module in model.modules())
-        return self._tuner(model).rankallocator if carries_adapter else None
+    def _allocators(self) -> list[RankAllocator]:
+        return [tuner.rankallocator for tuner in self._trained]
 
-    def _tuner(self, model: nn.Module) -> FusedAdaLoraModel:
-        model = unwrap(model)
-        if not is_fused(model):
-            fuse(model, self.score or "sensitivity", **self.fuse_options)
-        tuner = model.base_model
-        if (
-            self.score is not None
-            and tuner.rankallocator is not None
-            and tuner.rankallocator.score.name != self.score
-        ):
-            raise ValueError(
-                f"the callback asks for score {self.score!r}, the model was fused with "
-                f"{tuner.rankallocator.score.name!r}; give it to one of them only"
-            )
-        return tuner
+    def _ranks(self) -> list[int]:
+        """Of every layer of every adapted model; waits for the device."""
+        return [rank for allocator in self._allocators() for rank in allocator.ranks().values()]
+
+    def _tuners(self, model: nn.Module) -> list[FusedAdaLoraModel]:
+        """Those of all adapted models in ``model`` that are trained; fused here if they are not yet.
+
+        Raises:
+            TypeError: there is none.
+        """
+        found = peft_models(model)
+        if not found or not all(is_fused(each) for each in found.values()):
+            fuse(model if found else unwrap(model), self.score or "sensitivity", **self.fuse_options)
+            found = peft_models(model)
+        tuners = [each.base_model for each in found.values()]
+        for tuner in tuners:
+            if (
+                self.score is not None
+                and tuner.rankallocator is not None
+                and tuner.rankallocator.score.name != self.score
+            ):
+                raise ValueError(
+                    f"the callback asks for score {self.score!r}, the model was fused with "
+                    f"{tuner.rankallocator.score.name!r}; give it to one of them only"
+                )
+        return [tuner for tuner in tuners if tuner.rankallocator is not None] or tuners[:1]
 
     def _greet_reporters(self, args) -> None:
         if self._histograms is not None:
@@ -208,15 +222,29 @@ class AdaLoraCallback(TrainerCallback):
             setattr(config, name, value)
 
     @staticmethod
-    def _load_state(allocator, folder: Path, step: int) -> None:
-        """For a model that was fused after its weights were loaded."""
-        state = read_state(folder)
+    def _load_state(model: nn.Module, tuner: FusedAdaLoraModel, folder: Path, step: int) -> None:
+        """For a model that the Trainer loads without its allocator, or that was fused after it was loaded."""
+        allocator, state = tuner.rankallocator, read_allocator(model, tuner, folder)
         if state is None or state["config"]["t"] != step:
             raise ValueError(
                 f"the run resumes at step {step}, but the allocator is at {allocator.t} and {folder} has no "
-                "state for it; give AdaLoraCallback to the Trainer when it is made"
+                "state for it; give AdaLoraCallback to the Trainer when it is made, and leave the checkpoint "
+                "in the run's output_dir"
             )
         allocator.load_state_dict(state)
+
+    @staticmethod
+    def _follow_best(model: nn.Module, tuner: FusedAdaLoraModel, folder: str) -> None:
+        """The Trainer has loaded the best weights; the allocator goes back to where they were saved."""
+        state = read_allocator(model, tuner, folder)
+        if state is None:
+            warnings.warn(
+                f"{folder} has no state of the allocator for the best weights; they get the last mask",
+                UserWarning,
+                stacklevel=3,
+            )
+        else:
+            tuner.rankallocator.load_state_dict(state)
 
 
 def _start_again(allocator: RankAllocator) -> None:

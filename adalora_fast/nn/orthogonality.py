@@ -27,6 +27,16 @@ def adapted_layers(model: nn.Module) -> dict[str, Callable[[], Factors | None]]:
     return layers
 
 
+def nothing_adapted(model: nn.Module) -> str:
+    """What to say of a model in which :func:`adapted_layers` finds nothing."""
+    if any(hasattr(module, "lora_E") for module in model.modules()):
+        return (
+            f"the AdaLoRA layers of {type(model).__name__} are PEFT's own; call fuse(model), which gives "
+            "them a rankallocator"
+        )
+    return f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
+
+
 def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
     """R of all adapted layers of ``model``, to be added to the training loss as γ · R.
 
@@ -46,9 +56,7 @@ def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
     """
     factors = [find() for find in adapted_layers(model).values()]
     if not factors:
-        raise ValueError(
-            f"{type(model).__name__} has no adapted layer; make some with AdaLoraLinear.from_linear"
-        )
+        raise ValueError(nothing_adapted(model))
     allocators = [module.__dict__.get("rankallocator") for module in model.modules()]
     allocator = next((found for found in allocators if found is not None), None)
     value = orthogonality_of(factors, penalty, allocator)

@@ -129,10 +129,10 @@ def test_the_tuner_instead_of_the_model():
     assert type(model.base_model) is AdaLoraModel
 
 
-def test_a_model_with_injected_adapters():
+def test_a_part_of_a_model_with_injected_adapters():
     model = inject_adapter_in_model(AdaLoraConfig(**ADALORA), bert())
     with one_line(TypeError, "inject_adapter_in_model", "get_peft_model"):
-        fuse(model)
+        fuse(model.bert)
     assert all(type(layer) is SVDLinear for layer in adapter_layers(model).values())
     assert model(**batch(0)).loss.isfinite()
 

@@ -138,7 +138,7 @@ def test_wandb_gets_the_layers_ranks():
     histograms = RankHistograms([SimpleNamespace(), SimpleNamespace(_wandb=wandb)])
     for step in range(1, 401):
         if histograms.is_due(step):
-            histograms.write({"a": 1, "b": 3}, step, 400)
+            histograms.write([1, 3], step, 400)
     assert wandb.logged[0] == {RANKS: ("histogram", 1, 3), "train/global_step": 1}
     assert len(wandb.logged) <= HISTOGRAMS
 

@@ -1,0 +1,463 @@
+"""``fuse`` after ``add_adapter`` and ``inject_adapter_in_model``: training, files, copies, export."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.adalora.layer import SVDLinear
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from adalora_fast import RankAllocator, compact, fuse, import_official, orthogonality_loss, to_lora
+from adalora_fast.integrations.layers import FusedLayer, adapter_layers
+from adalora_fast.integrations.locate import peft_models, tuners
+from tests.integrations.helpers import no_warning, one_line, same_state, same_weights
+from tests.integrations.injecting import END, LAYERS, MAKERS, added, config, injected, logits, run_steps, twin
+from tests.models import awake, batch, bert, trainable
+
+STATE = "adalora_allocator.safetensors"
+
+
+def names_like_the_twin(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"base_model.model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def kept_triplets(model: nn.Module) -> int:
+    return sum(int((layer.lora_E["default"] != 0).sum()) for layer in adapter_layers(model).values())
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A run by hand to its end, and what it computed then."""
+    model = fuse(added())
+    run_steps(model, model.rankallocator)
+    model.rankallocator.finalize()
+    return model
+
+
+# -- fusing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_fusing_changes_nothing_that_others_see(maker):
+    model = MAKERS[maker]()
+    before, state = copy.deepcopy(model), model.state_dict()
+    optimizer, expected = torch.optim.AdamW(trainable(model)), logits(model)
+    assert fuse(model) is model
+    after = model.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
+    assert [id(p) for p in trainable(model)] == [id(p) for p in optimizer.param_groups[0]["params"]]
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    assert isinstance(model, BertForSequenceClassification)
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert all(isinstance(layer, FusedLayer) for layer in adapter_layers(model).values())
+    assert len(adapter_layers(model)) == LAYERS
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_run_is_that_of_a_peft_model(maker):
+    # The same weights, data and schedule: losses with γ · R in them, masks and final weights are equal.
+    model, peft_model = fuse(MAKERS[maker]()), fuse(twin())
+    for step in (0, 5):
+        one, other = model.train()(**batch(step)).loss, peft_model.train()(**batch(step)).loss
+        assert torch.equal(one, other)
+        assert one > model.eval()(**batch(step)).loss + 0.1  # γ · R counts in training only
+    run_steps(model, model.rankallocator)
+    run_steps(peft_model, peft_model.base_model.rankallocator)
+    mine, theirs = names_like_the_twin(model), dict(peft_model.named_parameters())
+    assert mine and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert model.rankallocator.rank_pattern() == peft_model.base_model.rankallocator.rank_pattern()
+    assert kept_triplets(model) == 2 * LAYERS
+
+
+def test_every_way_to_step_the_allocator():
+    by_hand, attached, in_pefts_way = fuse(added()), fuse(added()), fuse(added())
+    run_steps(by_hand, by_hand.rankallocator)
+    optimizer = torch.optim.AdamW(trainable(attached), lr=2e-2)
+    attached.rankallocator.attach(optimizer)
+    other = torch.optim.AdamW(trainable(in_pefts_way), lr=2e-2)
+    for step in range(END):
+        for model, each in ((attached, optimizer), (in_pefts_way, other)):
+            model.train()(**batch(step % 8)).loss.backward()
+            each.step()
+            if model is in_pefts_way:
+                model.update_and_allocate(step)
+            each.zero_grad()
+    assert same_weights(by_hand, attached) and same_weights(by_hand, in_pefts_way)
+
+
+def test_without_a_loss_of_the_models_own_nothing_is_added_to_it():
+    model = fuse(added())
+    inputs = {name: value for name, value in batch(0).items() if name != "labels"}
+    assert model.train()(**inputs).loss is None
+
+
+def test_the_forgotten_allocator_is_noticed():
+    model = fuse(added())
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
+    with pytest.warns(UserWarning, match="no allocator step"):
+        for step in range(102):
+            model.train()(**batch(step % 8)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_settings_of_fuse_reach_the_allocator_and_the_penalty():
+    model = fuse(
+        added(), "fisher", smoothing="ema", score_gradient="task", orth_penalty="squared", precision="highest"
+    )
+    allocator, tuner = model.rankallocator, model.adalora.base_model
+    assert allocator.score.name == "fisher" and allocator.smoothing == "ema"
+    assert allocator.score_gradient == "task"
+    assert torch.equal(tuner.orthogonality_loss(), orthogonality_loss(model, "squared"))
+    assert {layer.precision for layer in adapter_layers(model).values()} == {"highest"}
+    assert tuners(model) == [tuner] and peft_models(model) == {"": model.adalora}
+
+
+def test_scales_are_honoured_and_the_outputs_stay():
+    model = added(alpha_pattern={"query": 32.0}, use_rslora=True)
+    awake(model)
+    expected = logits(model)
+    fuse(model)
+    torch.testing.assert_close(logits(model), expected)
+    layer = model.bert.encoder.layer[0].attention.self.query
+    assert layer.scaling["default"] == pytest.approx(32.0 * (4 + 1e-5) / 2)
+
+
+def test_an_adapter_in_inference_mode():
+    model = fuse(added(inference_mode=True))
+    assert model.rankallocator is None
+    assert model.train()(**batch(0)).loss.isfinite()
+    with one_line(ValueError, "is_trainable=True"):
+        model.update_and_allocate(0)
+
+
+def test_mode_and_active_adapters_are_the_models():
+    model = fuse(added())
+    tuner = model.adalora.base_model
+    assert model.train() is model and tuner.training
+    model.eval()
+    assert not tuner.training and not model.adalora.base_model.training
+    assert tuner.active_adapters == ["default"]
+    model.adalora.train()
+    assert model.training and adapter_layers(model)["bert.encoder.layer.0.attention.self.query"].training
+
+
+def test_adapters_are_found_below_compile_and_data_parallel_wrappers():
+    model = fuse(added())
+    assert peft_models(nn.DataParallel(torch.compile(model, backend="eager"))) == {"": model.adalora}
+    unfused = added()
+    assert fuse(torch.compile(unfused, backend="eager")) is not unfused
+    assert unfused.rankallocator.t == 0
+
+
+def test_a_compiled_model_trains_as_an_eager_one():
+    torch.compiler.reset()
+    compiled, eager = fuse(added()), fuse(added())
+    run_steps(torch.compile(compiled, backend="eager"), compiled.rankallocator, stop=4)
+    run_steps(eager, eager.rankallocator, stop=4)
+    for one, other in zip(trainable(compiled), trainable(eager), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"score": "fischer"}, {"orth_penalty": "frobenius"}])
+def test_a_refused_option_changes_nothing(options):
+    model = added()
+    with one_line(ValueError, next(iter(options.values()))):
+        fuse(model, **options)
+    assert type(model) is BertForSequenceClassification
+    assert not {"adalora", "rankallocator"} & model.__dict__.keys() and not model._forward_hooks
+    assert all(type(layer) is SVDLinear for layer in adapter_layers(model).values())
+
+
+def test_a_target_that_is_not_below_the_initial_rank():
+    model = injected(init_r=2, target_r=2)
+    with one_line(ValueError, "target_r < init_r"):
+        fuse(model)
+    assert all(type(layer) is SVDLinear for layer in adapter_layers(model).values())
+
+
+def test_fused_twice():
+    model = fuse(added())
+    for again in (model, model.adalora):
+        with one_line(ValueError, "fused already"):
+            fuse(again)
+
+
+def test_adapters_of_another_kind_beside():
+    model = added()
+    model.peft_config["style"] = LoraConfig(r=2, target_modules=["query"])
+    with one_line(TypeError, "style", "LoraConfig", "delete_adapter('style')"):
+        fuse(model)
+
+
+def test_a_part_of_an_adapted_model():
+    with one_line(TypeError, "BertEncoder", "configuration", "add_adapter"):
+        fuse(added().bert.encoder)
+
+
+def test_an_allocator_made_by_hand():
+    schedule = {"total_step": END, "target_r": 2, "tinit": 2, "tfinal": 4}
+    for call in (lambda model: RankAllocator(model, **schedule), orthogonality_loss):
+        with one_line(ValueError, "BertForSequenceClassification", "fuse(model)"):
+            call(added())
+    model, other = fuse(added()), fuse(added())
+    allocator = RankAllocator(model, score="fisher", **schedule)  # takes the place of the one from fuse
+    assert model.rankallocator is allocator is model.adalora.base_model.rankallocator
+    assert allocator.layer_names == other.rankallocator.layer_names
+    run_steps(model, allocator)
+    assert kept_triplets(model) == 2 * LAYERS
+
+
+def test_a_model_of_diffusers_shape():
+    # Its mixin keeps no more of an adapter than the layers, `peft_config` and a flag.
+    class Unet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q, self.to_out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def add_adapter(self, adapter_config, adapter_name="default"):
+            inject_adapter_in_model(adapter_config, self, adapter_name)
+            self._hf_peft_config_loaded = True
+
+        def forward(self, x):
+            return self.to_out(self.to_q(x).tanh())
+
+    model = Unet()
+    model.add_adapter(config(target_modules=["to_q", "to_out"]))
+    fuse(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model.rankallocator.attach(optimizer)
+    for step in range(END):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(model.rankallocator.ranks().values()) == 4 and model.rankallocator.is_over
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(to_lora(model).eval()(x), model.eval()(x))
+
+
+def test_compact_and_import_official_take_the_model_itself(finished):
+    model = copy.deepcopy(finished)
+    expected, ranks = logits(model), model.rankallocator.ranks()
+    assert compact(model) == ranks
+    assert sum(layer.lora_E["default"].numel() for layer in adapter_layers(model).values()) == 2 * LAYERS
+    torch.testing.assert_close(logits(model), expected)
+    source = {
+        name.replace(".default", ""): value
+        for name, value in awake(added()).state_dict().items()
+        if ".lora_" in name
+    }
+    target = fuse(added())
+    import_official(source, target)
+    torch.testing.assert_close(logits(target), logits(awake(added())))
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def test_a_run_saved_and_resumed_by_hand_is_the_whole_run(tmp_path):
+    whole = fuse(added())
+    run_steps(whole, whole.rankallocator)
+    first = fuse(added())
+    optimizer = run_steps(first, first.rankallocator, stop=9)
+    first.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adalora_allocator.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    second = fuse(added())
+    with no_warning():
+        second.load_adapter(tmp_path, is_trainable=True)
+    assert same_state(first.rankallocator.state_dict(), second.rankallocator.state_dict())
+    other = torch.optim.AdamW(trainable(second), lr=2e-2)
+    other.load_state_dict(optimizer.state_dict())
+    run_steps(second, second.rankallocator, 9, END, other)
+    assert same_weights(second, whole) and kept_triplets(whole) == 2 * LAYERS
+
+
+def test_a_finished_adapter_loads_everywhere(finished, tmp_path):
+    expected = logits(finished)
+    finished.save_pretrained(tmp_path)
+    plain, fused = bert(), fuse(added())
+    plain.load_adapter(tmp_path)
+    fused.load_adapter(tmp_path)
+    peft_model = PeftModel.from_pretrained(bert(), tmp_path)
+    for model in (plain, fused, peft_model):
+        torch.testing.assert_close(logits(model), expected)
+    assert fused.rankallocator.is_over and fused.rankallocator.ranks() == finished.rankallocator.ranks()
+    assert finished.peft_config["default"].rank_pattern is None
+    again = fuse(plain)  # loaded for inference, fused afterwards
+    torch.testing.assert_close(logits(again), expected)
+
+
+def test_scales_are_in_the_files_once(tmp_path):
+    model = awake(fuse(added(alpha_pattern={"query": 32.0}, use_rslora=True)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    plain, fused = bert(), fuse(added(alpha_pattern={"query": 32.0}, use_rslora=True))
+    plain.load_adapter(tmp_path)
+    fused.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(plain), expected)
+    torch.testing.assert_close(logits(fused), expected)
+
+
+def test_a_cut_down_checkpoint_of_a_peft_model_loads(tmp_path):
+    peft_model = fuse(twin())
+    run_steps(peft_model, peft_model.base_model.rankallocator)
+    peft_model.base_model.rankallocator.finalize()
+    peft_model.save_pretrained(tmp_path)
+    model = fuse(added())
+    model.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(model), logits(peft_model))
+    assert sum(model.rankallocator.ranks().values()) == 2 * LAYERS
+    model.save_pretrained(tmp_path / "again")
+    again = fuse(added())
+    again.load_adapter(tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(peft_model))
+
+
+def test_a_damaged_checkpoint_changes_nothing(tmp_path):
+    model = fuse(added())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
+    before = copy.deepcopy(model)
+    with one_line(ValueError, "adapter_model.safetensors"):
+        model.load_adapter(tmp_path)
+    assert same_weights(model, before)
+
+
+def test_a_head_unfrozen_by_hand_is_not_lost_without_a_word(tmp_path):
+    model = fuse(added())
+    model.classifier.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"classifier\.weight.*modules_to_save"):
+        model.save_pretrained(tmp_path)
+    with_head = fuse(added(modules_to_save=["classifier"]))
+    with no_warning():
+        with_head.save_pretrained(tmp_path / "head")
+
+
+def test_modules_to_save_come_back(tmp_path):
+    model = fuse(added(modules_to_save=["classifier"]))
+    run_steps(model, model.rankallocator, stop=6)
+    model.save_pretrained(tmp_path)
+    again = fuse(added(modules_to_save=["classifier"]))
+    again.load_adapter(tmp_path, is_trainable=True)
+    assert same_weights(model, again)
+    torch.testing.assert_close(logits(model), logits(again))
+
+
+def test_saving_without_one_allocator_step_warns(tmp_path):
+    model = fuse(added())
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    model(**batch(0)).loss.backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="without one allocator step"):
+        model.save_pretrained(tmp_path)
+
+
+# -- several adapters --------------------------------------------------------------------------
+
+
+def test_a_second_adapter_for_inference(tmp_path):
+    other = awake(fuse(added(use_rslora=True)))
+    expected = logits(other)
+    other.save_pretrained(tmp_path)
+    model = fuse(added())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, that there will be several adapters
+        model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(model), expected)
+    model.set_adapter("default")
+    assert model.adalora.base_model.active_adapters == ["default"]
+    run_steps(model, model.rankallocator)
+    model.rankallocator.finalize()
+    alone = fuse(added())
+    run_steps(alone, alone.rankallocator)
+    assert kept_triplets(model) == 2 * LAYERS
+    torch.testing.assert_close(logits(model), logits(alone))
+    model.save_pretrained(tmp_path / "trained")
+    assert (tmp_path / "trained" / STATE).is_file()
+    model.set_adapter("other")
+    model.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / STATE).exists()
+    torch.testing.assert_close(logits(to_lora(model, adapter_name="other")), expected)
+
+
+def test_a_second_trainable_adapter_is_refused_and_leaves_nothing_behind():
+    model = fuse(added())
+    with pytest.raises(ValueError, match="only 1 trainable adapter"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter(config(), "second")
+    assert list(model.peft_config) == ["default"]
+    run_steps(model, model.rankallocator, stop=3)
+
+
+def test_a_deleted_adapter_takes_the_allocator_with_it():
+    model = fuse(added())
+    model.delete_adapter("default")
+    assert type(model) is BertForSequenceClassification and not model._forward_hooks
+    assert "rankallocator" not in model.__dict__
+    torch.manual_seed(1)
+    model.add_adapter(config(), "anew")
+    fuse(model)
+    run_steps(model, model.rankallocator)
+    assert sum(model.rankallocator.ranks().values()) == 2 * LAYERS
+
+
+# -- copies and export -------------------------------------------------------------------------
+
+
+def test_copies_are_fused_models_of_their_own():
+    model = fuse(added())
+    run_steps(model, model.rankallocator, stop=6)
+    for twin_model in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin_model) is type(model)
+        assert twin_model.rankallocator is not model.rankallocator
+        assert twin_model.adalora.base_model.model is twin_model
+        assert same_state(twin_model.rankallocator.state_dict(), model.rankallocator.state_dict())
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        run_steps(twin_model, twin_model.rankallocator, 6, END)
+        assert sum(twin_model.rankallocator.ranks().values()) == 2 * LAYERS
+        assert model.rankallocator.t == 6
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_merging_through_the_handle(finished, tmp_path):
+    model = copy.deepcopy(finished)
+    merged = model.adalora.merge_and_unload()
+    assert merged is model and type(merged) is BertForSequenceClassification
+    assert not adapter_layers(merged) and not merged._forward_hooks and peft_models(merged) == {}
+    torch.testing.assert_close(logits(merged), logits(finished), rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(merged))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_to_lora(fused, finished, tmp_path):
+    model = copy.deepcopy(finished) if fused else awake(added())
+    before, expected = copy.deepcopy(model.state_dict()), logits(model)
+    plain = to_lora(model)
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+    base = plain.get_base_model()
+    assert type(base) is BertForSequenceClassification and not base._forward_hooks
+    assert not {"adalora", "rankallocator"} & base.__dict__.keys()
+    assert not adapter_layers(base) and not getattr(base, "_hf_peft_config_loaded", False)
+    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(bert(), tmp_path)), expected, rtol=1e-4, atol=1e-5
+    )
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits(model), expected)
