@@ -323,6 +323,10 @@ class RankAllocator(AllocatedLayers):
         if self.score_gradient == "task":
             self._task_gradient.note_added(added, self.parameters(), is_scaled)
 
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.regulariser is not None:
+            self.regulariser.before_step(optimizer, args, kwargs)
+
     def follow_regulariser(self) -> None:
         """Others take an optimizer step for which this process has no data."""
         if self.regulariser is not None and self._attachment is not None:
@@ -348,8 +352,8 @@ class RankAllocator(AllocatedLayers):
         """
         if self._attachment is not None:
             raise RuntimeError("an optimizer is attached already; call detach() first")
-        before = None if self.regulariser is None else self.regulariser.before_step
-        self._attachment = Attachment(optimizer, self.parameters, self.step if automatic else None, before)
+        step = self.step if automatic else None
+        self._attachment = Attachment(optimizer, self.parameters, step, self._before_step)
 
     def detach(self) -> None:
         """Undo :meth:`attach`."""

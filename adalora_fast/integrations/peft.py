@@ -45,7 +45,7 @@ class FusedAdaLoraModel(WithAdapters):
         if not (self.training and torch.is_grad_enabled()) or self.rankallocator is None:
             return outputs
         self._watch_for_forgotten_allocator()
-        regulariser = self.rankallocator.regulariser
+        regulariser = self.regulariser
         has_loss = isinstance(getattr(outputs, "loss", None), torch.Tensor)
         if self.orth_reg_weight() == 0 or not (has_loss or regulariser.needs_everybody()):
             return outputs
@@ -60,8 +60,15 @@ class FusedAdaLoraModel(WithAdapters):
 
     def orthogonality_loss(self) -> torch.Tensor:
         """R of the adapter under training (see :func:`adalora_fast.orthogonality_loss`)."""
-        regulariser = self.rankallocator.regulariser
-        return regulariser.noted(regulariser.loss())
+        return self.regulariser.noted(self.regulariser.loss())
+
+    @property
+    def regulariser(self) -> Regulariser:
+        """The allocator's; an allocator that was made by hand gets its own here."""
+        allocator = self.rankallocator
+        if allocator.regulariser is None:
+            Regulariser(allocator, self.orth_penalty, partial(FusedAdaLoraModel.orth_reg_weight, self))
+        return allocator.regulariser
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry: one allocator step, after ``optimizer.step()`` and before ``zero_grad()``.

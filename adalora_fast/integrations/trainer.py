@@ -119,7 +119,7 @@ class AdaLoraCallback(TrainerCallback):
             allocator.is_over = False
             allocator.detach()
             allocator.attach(optimizer, automatic=False)
-            allocator.regulariser.act_once(getattr(optimizer, "scaler", None))
+            tuner.regulariser.act_once(getattr(optimizer, "scaler", None))
         self._greet_reporters(args)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
