@@ -143,7 +143,7 @@ def test_another_score_than_the_models(tmp_path):
 
 def test_a_model_without_adalora(tmp_path):
     with one_line(TypeError, "BertForSequenceClassification", "get_peft_model"):
-        trainer(bert(), tmp_path)
+        trainer(bert(), tmp_path).train()
 
 
 def test_the_trainer_takes_the_handle_too(tmp_path):
