@@ -166,7 +166,7 @@ def test_tuned_plans_are_those_of_the_folder():
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "benchmarks/gpu.py", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=290, check=False,
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_the_list():
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_dry_run(tmp_path):
-    chosen = ("--parts", "graph", "gate-allocation", "tuning", "bookkeeping")
+    chosen = ("--parts", "graph", "tuning", "bookkeeping")
     done = command("--dry-run", "--output", str(tmp_path), *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     saved = {one["name"]: one["verdict"] for one in json.loads((tmp_path / "plan.json").read_text())}
