@@ -159,7 +159,7 @@ def test_the_same_outputs_everywhere_and_the_source_unchanged(case, uniform, tmp
         assert off(answers(again), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("way", ["merge_adapter", "base_model", "layer", "twice"])
+@pytest.mark.parametrize("way", ["merge_adapter", "base_model", "twice"])
 def test_no_way_of_merging_changes_the_source(way):
     model = trained(causal())
     before, expected = memory(model), answers(model)
@@ -192,10 +192,11 @@ def test_training_the_result_leaves_the_biases_and_statistics_of_the_source():
 # -- names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("mlp+", "mlp"), ("a_b", "axb"), ("h[0]", "h0"), ("up(", "up")])
+@pytest.mark.parametrize("names", [("mlp", "mlp+"), ("h0", "h[0]"), ("up", "up(")])
 def test_names_that_are_expressions(names, tmp_path):
-    """Rank patterns are expressions; here one layer's name also matches the other's, or is none."""
-    torch.manual_seed(0)
+    """Rank patterns are expressions; here the name of the second layer, whose rank is in the pattern, finds
+    another layer or is no expression at all.
+    """
 
     class Named(nn.Module):
         def __init__(self):
