@@ -102,7 +102,7 @@ def make_soup(
     result = {
         **header(runs, settings, precision),
         "rows": {part: {"split": split_of(part), **rows} for part, rows in data.describe().items()},
-        "settings": asdict(settings),
+        "settings": json.loads(json.dumps(asdict(settings))),  # lists, as the file has them
         "selection": selection,
         "members": members,
         "best_member": greedy.order[0],

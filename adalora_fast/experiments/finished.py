@@ -137,7 +137,8 @@ def _restored(model: nn.Module, run: FinishedRun, task: Task) -> nn.Module:
 
         with _fitting(run):
             adapted = PeftModel.from_pretrained(model, str(run.adapter))
-        return fuse(adapted) if settings.method == "adalora" else adapted
+        # PEFT's own AdaLoRA gives no loss where it is loaded for inference; the fused one gives the task's
+        return adapted if settings.method == "lora" else fuse(adapted)
     if settings.method == "fusion":  # the runs that it started from are in its own file
         freeze(model, family_of(model).head_for(task.kind))
         put_fusions(model, len(settings.adapters), settings.recipe.bottleneck)
