@@ -60,14 +60,14 @@ def test_a_model_that_trl_trained_is_exported_with_the_forward_of_its_class(tmp_
     from tests.integrations.trl_cases import llama, make, reloaded
 
     ids = torch.arange(2, 14)[None]
-    with torch.no_grad():
-        for kind in ("SFT", "DPO", "GRPO"):
-            run = make(kind, reloaded(), tmp_path)
-            assert "forward" in run.model.get_base_model().__dict__
-            expected = run.model.eval()(input_ids=ids).logits
-            lora = to_lora(run.model)
-            assert "forward" not in lora.get_base_model().__dict__
-            assert "forward" in run.model.get_base_model().__dict__
-            torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
-            with lora.disable_adapter():
-                assert torch.equal(lora(input_ids=ids).logits, llama().eval()(input_ids=ids).logits)
+    for kind in ("SFT", "DPO", "GRPO"):
+        run = make(kind, reloaded(), tmp_path)
+        run.train()
+        model = run.model.eval()
+        assert "forward" in model.get_base_model().__dict__
+        expected, lora = model(input_ids=ids).logits, to_lora(model)
+        assert "forward" not in lora.get_base_model().__dict__
+        assert "forward" in model.get_base_model().__dict__
+        torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        with lora.disable_adapter():
+            assert torch.equal(lora(input_ids=ids).logits, llama().eval()(input_ids=ids).logits)
