@@ -42,6 +42,7 @@ from adalora_fast.integrations.model_card import (
     section_of,
     write_section,
 )
+from adalora_fast.integrations.patched import with_own_forwards
 from adalora_fast.integrations.peft import FusedAdaLoraModel
 from adalora_fast.integrations.plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
 from adalora_fast.integrations.scales import peft_scale
@@ -311,4 +312,4 @@ def _without_adapters(model: nn.Module) -> nn.Module:
         else:
             continue
         base.set_submodule(name, original)
-    return base
+    return with_own_forwards(base, model)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from peft import AdaLoraConfig
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -25,9 +26,11 @@ class WithPolicies:
     """What ``fuse`` adds to a ``PeftModel`` for them."""
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
-        """PyTorch's, without PEFT's ``ranknum``: a constant of every layer that is no weight of the model."""
+        """PyTorch's; of a merged adapter without ``ranknum``, which is no weight of the merged model."""
+        layer = next((module for module in self.modules() if isinstance(module, AdaLoraLayer)), None)
+        merged = layer is not None and layer.merged
         for name, parameter in super().named_parameters(*args, **kwargs):
-            if ".ranknum." not in name:
+            if not (merged and ".ranknum." in name):
                 yield name, parameter
 
     def add_adapter(self, adapter_name: str, peft_config: AdaLoraConfig, *args, **kwargs) -> None:
