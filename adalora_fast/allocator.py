@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
 from adalora_fast.distributed import Processes, allocate_, apply_mask_
-from adalora_fast.guard import UntrainedLayers
+from adalora_fast.guard import UntrainedLayers, about_nan
 from adalora_fast.nn import Factors, adapted_layers
 from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.schedule import BudgetSchedule, Position
@@ -347,14 +347,9 @@ class RankAllocator:
         """Say once that scores were no numbers, where the device is waited for anyway."""
         if self._said_nan or self._scores is None or len(self._scores) != len(self._mask):
             return
-        wrong = self._scores.isnan().tolist()
-        self._said_nan = any(wrong)
-        if self._said_nan:
-            owners = [name for name, kept in pattern.items() for _ in kept]
-            _warn(
-                f"{sum(wrong)} of {len(wrong)} triplets have no number as their {self.score.name} score, the "
-                f"first in {owners[wrong.index(True)]}; they are pruned before all others"
-            )
+        if (said := about_nan(self._scores, pattern, self.score.name)) is not None:
+            self._said_nan = True
+            _warn(said)
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Names, once and early in a run, the adapted layers that never receive a gradient."""
+"""Names what goes wrong in a run without an error: layers without gradients, scores that are not numbers."""
 
 import warnings
 from collections.abc import Iterable
@@ -61,3 +61,21 @@ class UntrainedLayers:
             UserWarning,
             stacklevel=4,
         )
+
+
+def about_nan(scores: Tensor, pattern: dict[str, list[bool]], score: str) -> str | None:
+    """What to say of triplets whose score is not a number, None if every one is; waits for the device.
+
+    Args:
+        scores: S of every triplet [T].
+        pattern: every layer's name and an entry for each of its triplets, in the order of ``scores``.
+        score: its name.
+    """
+    wrong = scores.isnan().tolist()
+    if not any(wrong):
+        return None
+    owners = [name for name, kept in pattern.items() for _ in kept]
+    return (
+        f"{sum(wrong)} of {len(wrong)} triplets have no number as their {score} score, the first in "
+        f"{owners[wrong.index(True)]}; they are pruned before all others"
+    )
