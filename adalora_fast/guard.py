@@ -1,4 +1,4 @@
-"""Names, once and early in a run, the adapted layers that never receive a gradient."""
+"""Names what goes wrong in a run without an error: layers without gradients, scores that are not numbers."""
 
 import warnings
 from collections.abc import Iterable

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adalora_fast.nn import Factors
 from adalora_fast.nn.calls import keep_called
-from adalora_fast.nn.plain import PLAIN_LINEARS, PLAIN_TENSORS, calls_more
+from adalora_fast.nn.plain import PLAIN_LINEARS, PLAIN_TENSORS, calls_its_own, calls_more
 from adalora_fast.ops import adalora_delta_, adalora_linear
 
 PLAIN_BASES = (*PLAIN_LINEARS, Conv1D)
@@ -44,7 +44,7 @@ class FusedLayer:
     def _drops_otherwise(self, name: str) -> bool:
         """Whether the adapter's dropout is not PEFT's any more, so that only a call of it is right."""
         dropout = self.lora_dropout[name]
-        return type(dropout) not in PLAIN_DROPOUTS or calls_more(dropout)
+        return type(dropout) not in PLAIN_DROPOUTS or calls_its_own(dropout)
 
     def _adapter(self, name: str) -> tuple:
         """The arguments of the op after the base's: factors, scale, dropout, mode.

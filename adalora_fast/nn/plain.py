@@ -39,7 +39,7 @@ _CALLS = (
 )
 
 
-def calls_more(module: nn.Module) -> bool:
+def calls_its_own(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs hooks or a forward of its own, which only a call respects."""
     return bool(
         module._forward_hooks
@@ -47,8 +47,12 @@ def calls_more(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
     )
+
+
+def calls_more(module: nn.Module) -> bool:
+    """As :func:`calls_its_own`, or whether there are hooks for every module."""
+    return calls_its_own(module) or bool(_has_any_global_hook())
 
 
 def more_than_its_product(linear: nn.Linear) -> str | None:
