@@ -239,7 +239,7 @@ def test_layer_compiled_equals_eager(training, dropout):
 
 
 def test_autocast_is_asked_for_as_every_dynamo_can_trace_it(monkeypatch):
-    """PyTorch 2.11 cannot trace torch.amp.is_autocast_available; a device without autocast needs no question."""
+    """PyTorch 2.11 cannot trace torch.amp.is_autocast_available, which therefore is asked at import alone."""
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: pytest.fail("it was asked"))
     assert not autocast_is_on("cpu") and not autocast_is_on("cuda") and not autocast_is_on("meta")
     with torch.autocast("cpu", dtype=torch.bfloat16):
