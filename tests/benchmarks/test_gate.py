@@ -77,11 +77,10 @@ def test_the_gates_have_every_gpu_test_and_need_few_packages(tmp_path):
     """All that pytest finds with the mark, but for the proof of what is refused without it."""
     for name in ("hypothesis", "tyro", "rich", "matplotlib", "xdist", "pytest_timeout"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('absent')")
-    (tmp_path / "pretended_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
 
     def collected(*arguments: str, **variables: str) -> set[str]:
         done = subprocess.run(
-            [sys.executable, *arguments, "-p", "pretended_gpu", "--collect-only"],
+            [sys.executable, *arguments, "-p", "tests.ops.pretended_gpu", "--collect-only"],
             cwd=gate.ROOT,
             env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), **variables},
             capture_output=True,

@@ -12,6 +12,7 @@ from adalora_fast.ops import (
     orthogonality,
     select_triplets,
 )
+from adalora_fast.ops.library import autocast_is_on
 from tests.ops.naive import leaves, make_case, onto_linear
 from tests.ops.scoring import SCORES, make_buffers, make_parameters
 
@@ -235,3 +236,11 @@ def test_layer_compiled_equals_eager(training, dropout):
         results.append([y.detach(), x.grad, *(factor.grad for factor in layer.factors())])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
+
+
+def test_autocast_is_asked_for_as_every_dynamo_can_trace_it(monkeypatch):
+    """PyTorch 2.11 cannot trace torch.amp.is_autocast_available, which therefore is asked at import alone."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: pytest.fail("it was asked"))
+    assert not autocast_is_on("cpu") and not autocast_is_on("cuda") and not autocast_is_on("meta")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert autocast_is_on("cpu") and not autocast_is_on("meta")
