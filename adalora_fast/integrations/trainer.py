@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.allocator_state import is_sharded, read_state, write_state
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
+from adalora_fast.integrations.weights import TRAINED
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
 
@@ -65,7 +66,10 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Fit the schedule to the run and tie the allocator to the optimizer."""
-        tuner = self._tuner(model)
+        with warnings.catch_warnings():
+            if state.global_step > 0:  # the state of the weights that were loaded is read below
+                warnings.filterwarnings("ignore", message=TRAINED)
+            tuner = self._tuner(model)
         allocator = tuner.require_allocator()
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError(
