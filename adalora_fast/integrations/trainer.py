@@ -13,6 +13,7 @@ from adalora_fast.integrations.figures import RankHistograms, figures_of, is_tra
 from adalora_fast.integrations.locate import peft_models, unwrapped
 from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
 from adalora_fast.integrations.run_folders import checkpoint_folder, complete, read_allocator
+from adalora_fast.integrations.weights import TRAINED
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
 
@@ -105,7 +106,10 @@ class AdaLoraCallback(TrainerCallback):
                 "DeepSpeed keeps gradients (ZeRO-1, ZeRO-2) and parameters (ZeRO-3) in buffers of its own, "
                 "where the allocator cannot read them; use DistributedDataParallel or FSDP2"
             )
-        self._trained = self._tuners(model)
+        with warnings.catch_warnings():
+            if state.global_step > 0:  # the state of the weights that were loaded is read below
+                warnings.filterwarnings("ignore", message=TRAINED)
+            self._trained = self._tuners(model)
         for tuner in self._trained:
             allocator, resumed = tuner.require_allocator(), state.global_step > 0
             if not resumed and allocator.t > 0:

@@ -5,6 +5,8 @@ import warnings
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.allocator_state import is_sharded
 
+TRAINED = "these adapter weights were trained before"
+
 
 def keep_pruned(tuner) -> None:
     """After the final mask: zero the triplets that an average of weights or an optimizer's copy brought
@@ -43,7 +45,7 @@ def warn_of_trained(allocator: RankAllocator, adapter: str) -> None:
     """Say that the allocator knows nothing of weights that were trained before."""
     if any(not values.is_meta and values.any() for values in allocator.lambdas()):
         warnings.warn(
-            "these adapter weights were trained before, and the allocator starts at step 0 with empty "
+            f"{TRAINED}, and the allocator starts at step 0 with empty "
             "statistics; to go on with a checkpoint's run, call "
             f"model.load_adapter(folder, {adapter!r}, is_trainable=True) now, which reads its state",
             UserWarning,

@@ -98,16 +98,6 @@ def test_a_second_run_trains_within_the_kept_triplets(tmp_path):
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True)), "it trained"
 
 
-def test_a_second_run_after_a_reset_allocates_again(tmp_path):
-    run = trainer(peft_model(), tmp_path)
-    run.train()
-    allocator = run.model.base_model.rankallocator
-    allocator.reset()
-    with no_warning():
-        run.train()
-    assert allocator.is_final and allocator.t == STEPS
-
-
 def test_a_run_that_begins_anew_in_the_middle_says_so(tmp_path):
     model = peft_model()
     first = trainer(model, tmp_path, max_steps=STEPS)

@@ -117,12 +117,13 @@ def test_the_run_is_saved_cut_down(whole, tmp_path):
     torch.testing.assert_close(logits(loaded_by_peft(tmp_path)), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_trained_twice_in_a_row_runs_the_schedule_twice(tmp_path):
-    # auto_find_batch_size starts the run again with the same model
+def test_trained_twice_after_a_reset_runs_the_schedule_twice(tmp_path):
     watch, model = Watch(), peft_model()
     run = trainer(model, tmp_path, watch, max_steps=8)
     run.train()
-    run.train()
+    model.base_model.rankallocator.reset()
+    with no_warning():
+        run.train()
     assert watch.steps == [*range(1, 9), *range(1, 9)]
     assert watch.budgets[:8] == watch.budgets[8:]
     assert watch.budgets[0] == 4 * LAYERS
