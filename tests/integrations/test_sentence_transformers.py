@@ -49,6 +49,7 @@ def made(base, kind: str):
 
 def trainer(model, folder, **arguments):
     from datasets import Dataset
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 
     texts = [" ".join(f"w{2 + (7 * i + j) % 50}" for j in range(6)) for i in range(32)]
     data = {"anchor": texts, "positive": texts[1:] + texts[:1], "score": [float(i % 2) for i in range(32)]}
@@ -59,7 +60,7 @@ def trainer(model, folder, **arguments):
             output_dir=str(folder), report_to=[], disable_tqdm=True, use_cpu=True, **settings, **arguments
         ),
         train_dataset=Dataset.from_dict(data),
-        loss=sentence_transformers.losses.CosineSimilarityLoss(model),
+        loss=CosineSimilarityLoss(model),
         callbacks=[AdaLoraCallback()],
     )
 
