@@ -86,8 +86,8 @@ def test_a_run_is_saved_resumed_and_loaded(base, tmp_path):
 
 
 def test_a_peft_model_trains_and_is_saved_as_plain_lora(base, tmp_path):
-    # sentence-transformers loads adapters with add_adapter's methods, which take no layers of other ranks
-    # than the configuration's without a rank_pattern of LoRA.
+    # sentence-transformers loads adapters by transformers' load_adapter, which refuses the cut-down files of
+    # a finished AdaLoRA run.
     model = made(base, "PeftModel")
     trainer(model, tmp_path, save_strategy="no").train()
     (tuner,) = tuners(model)
