@@ -4,6 +4,8 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
+from adalora_fast import fuse
+from adalora_fast.integrations.layers import adapter_layers
 from tests.models import TARGETS, adapted, batch, bert, trainable
 
 END = 20
@@ -89,3 +91,16 @@ def logits(model: nn.Module) -> torch.Tensor:
     inputs = batch(99)
     outputs = model.eval()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     return outputs.logits
+
+
+def kept_triplets(model: nn.Module) -> int:
+    """Those with a λ that is not zero."""
+    return sum(int((layer.lora_E["default"] != 0).sum()) for layer in adapter_layers(model).values())
+
+
+def finished_run() -> nn.Module:
+    """A fused model after ``add_adapter``, at the end of a run by hand."""
+    model = fuse(added())
+    run_steps(model, model.rankallocator)
+    model.rankallocator.finalize()
+    return model
