@@ -55,6 +55,11 @@ def calls_hooks(optimizer: object) -> bool:
     return hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer).step, "hooked", False)
 
 
+def closure_of(args: tuple, kwargs: dict) -> Callable | None:
+    """The closure that a step was given, from its hooks' arguments (``args`` begins with the optimizer)."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
 def _has_step(thing: object) -> bool:
     return callable(getattr(thing, "step", None))
 
@@ -114,7 +119,7 @@ class Attachment:
         return self._taken.of(self._parameters())
 
     def _before_step(self, optimizer, args, kwargs) -> None:
-        makes_gradients = len(args) > 1 or kwargs.get("closure") is not None  # in its closure
+        makes_gradients = closure_of(args, kwargs) is not None
         unscales = getattr(optimizer, "grad_scale", None) is not None  # a fused one, as it should
         self._taken.before([] if makes_gradients or unscales else self._parameters())
 

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adalora_fast.attachment import closure_of
 from adalora_fast.nn import orthogonality_of
 from adalora_fast.ops.library import NO_CUDA_GRAPH, define
+from adalora_fast.ops.tables import is_capturing
 from adalora_fast.shards import is_running, shards_of
 
 if TYPE_CHECKING:
@@ -150,7 +152,7 @@ class Regulariser:
     def acts(self, grad: Tensor, own: bool) -> Tensor:
         """R's backward runs, with ``grad`` from the loss; returns what goes on to the factors."""
         self._reached = True
-        if _is_capturing():
+        if is_capturing(grad.device):
             self.acted = self._is_captured = True
             return grad.clone()
         self._watch()
@@ -189,7 +191,7 @@ class Regulariser:
         If the gradients are still scaled (``optimizer.grad_scale``), so is what is added. An optimizer with
         a closure builds its loss later: only what the loss brings counts then.
         """
-        if self.weight() > 0 and not callable(args[0] if args else kwargs.get("closure")):
+        if self.weight() > 0 and closure_of(args, kwargs) is None:
             shares = self._missing()
             if shares is not None:
                 self._add(shares, getattr(optimizer, "grad_scale", None))
@@ -250,7 +252,3 @@ class Regulariser:
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
@@ -47,6 +48,7 @@ from adalora_fast.integrations.peft import FusedAdaLoraModel
 from adalora_fast.integrations.plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
 from adalora_fast.integrations.scales import peft_scale
 from adalora_fast.nn import AdaLoraLinear
+from adalora_fast.nn.calls import keep_called
 
 
 def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None = None) -> PeftModel:
@@ -93,6 +95,9 @@ def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     lora.base_model.__class__ = LoraModel
     lora.__class__ = exported_class(type(lora))
+    for layer in lora.modules():
+        if isinstance(layer, LoraLayer):
+            keep_called(layer.lora_A)  # PyTorch's fast path leaves PEFT's layers out in evaluation
     lora.adalora_ranks = plain.ranks
     lora.adalora_facts = None if allocator is None else facts_of(allocator)
     return lora.train(mode)

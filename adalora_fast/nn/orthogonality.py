@@ -52,17 +52,24 @@ def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
         A scalar in at least float32; its gradient reaches lora_A and lora_B in closed form.
 
     Raises:
-        ValueError: no adapted layer, or an unknown penalty.
+        ValueError: no adapted layer, an unknown penalty, or several allocators of which one scores the task's
+            gradient alone.
     """
     factors = [find() for find in adapted_layers(model).values()]
     if not factors:
         raise ValueError(nothing_adapted(model))
-    allocators = [module.__dict__.get("rankallocator") for module in model.modules()]
-    allocator = next((found for found in allocators if found is not None), None)
-    value = orthogonality_of(factors, penalty, allocator)
-    if allocator is None or allocator.regulariser is None:
-        return value
-    return allocator.regulariser.noted(value)  # so that it is not added a second time
+    found = [module.__dict__.get("rankallocator") for module in model.modules()]
+    allocators = list({id(allocator): allocator for allocator in found if allocator is not None}.values())
+    if len(allocators) > 1 and any(allocator.score_gradient == "task" for allocator in allocators):
+        raise ValueError(
+            f"{type(model).__name__} has {len(allocators)} allocators, and score_gradient='task' asks for "
+            "the term of each: add up orthogonality_loss() of the adapted models in it"
+        )
+    value = orthogonality_of(factors, penalty, allocators[0] if len(allocators) == 1 else None)
+    for allocator in allocators:
+        if allocator.regulariser is not None:
+            value = allocator.regulariser.noted(value)  # so that it is not added a second time
+    return value
 
 
 def orthogonality_of(factors: list[Factors], penalty: str, allocator: "RankAllocator | None") -> Tensor:

@@ -183,6 +183,29 @@ def test_it_reaches_a_layer_that_took_no_part():
     assert share_of_r(model) == pytest.approx(1, rel=1e-9)
 
 
+@pytest.mark.parametrize("once", [False, True], ids=["attach", "callback"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_optimizer_with_a_closure(once, by_name):
+    """The loss is built inside the step, here twice: what it brings counts, nothing is added before it."""
+    model = fused()
+    allocator = model.base_model.rankallocator
+    optimizer = torch.optim.LBFGS(trainable(model), lr=0.0, max_iter=2)
+    allocator.attach(optimizer, automatic=False)
+    if once:
+        allocator.regulariser.act_once(None)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = labelled(model, batch())
+        loss.backward()
+        return loss
+
+    from_logits(model, batch()).backward()  # stale gradients, to which the term must not be added
+    for _ in range(2):
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert share_of_r(model) == pytest.approx(1, rel=1e-9)
+
+
 # -- mixed precision -------------------------------------------------------------------------------
 
 

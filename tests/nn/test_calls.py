@@ -9,7 +9,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
-from adalora_fast import AdaLoraLinear, RankAllocator, fuse
+from adalora_fast import AdaLoraLinear, RankAllocator, fuse, to_lora
 
 KINDS = ("native", "fused", "with a base of its own")
 SCHEDULE = {"target_r": 1, "total_step": 20, "tinit": 2, "tfinal": 4}
@@ -145,3 +145,15 @@ def test_an_ordinary_model_is_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RankAllocator(nn.Sequential(AdaLoraLinear(4, 4, 2)), **SCHEDULE)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_exported_adapter_is_evaluated_as_the_model_it_came_from(padded):
+    """PEFT's LoRA layers are left out by the fast path as well."""
+    model = adapted("fused").eval()
+    x, padding = torch.randn(3, 5, 16, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = padded
+    mask = padding if padded else None
+    with torch.no_grad():
+        expected, found = model(x, mask), to_lora(model).eval()(x, mask)
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-9, atol=1e-9)
