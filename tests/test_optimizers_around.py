@@ -208,22 +208,23 @@ def test_sam_allocates_once_per_pair_of_steps():
     assert allocator.is_final and (lambdas(model)[pruned(allocator)] == 0).all()
 
 
-def test_sam_trains_on_after_compaction():
-    """The state of the wrapper follows as that of the optimizer inside does."""
+@pytest.mark.parametrize("own_state", [True, False])
+def test_slow_weights_train_on_after_compaction(own_state):
+    """The state of a wrapper follows as that of the optimizer inside does."""
     outputs = []
     for compacted in (False, True):
         model = make_model()
-        optimizer, allocator = SAM(trained(model)), make_allocator(model)
+        optimizer, allocator = Lookahead(make_optimizer(model), own_state), make_allocator(model)
         allocator.attach(optimizer)
-        for t in range(STEPS + 3):
+        for t in range(STEPS + 5):
             if compacted and t == STEPS:
                 compact(model, optimizer)
                 assert {id(p) for p in optimizer.state} <= {id(p) for p in trained(model)}
-            for step in (optimizer.first_step, optimizer.second_step):
-                backward(model, t, gamma=0)
-                step()
+            backward(model, t, gamma=0)
+            optimizer.step()
+            optimizer.optimizer.zero_grad()
         outputs.append(model(torch.ones(2, 6, dtype=torch.float64)).detach())
-        assert allocator.t == STEPS + 3 and sum(kept(allocator)) == SCHEDULE["target_total_rank"]
+        assert allocator.t == STEPS + 5 and sum(kept(allocator)) == SCHEDULE["target_total_rank"]
     torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-12)
 
 
