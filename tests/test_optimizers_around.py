@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from adalora_fast import attachment
+from adalora_fast import attachment, compact
 from tests.small_model import (
     SCHEDULE,
     backward,
@@ -206,6 +206,26 @@ def test_sam_allocates_once_per_pair_of_steps():
         optimizer.second_step()
         assert allocator.t == t + 1
     assert allocator.is_final and (lambdas(model)[pruned(allocator)] == 0).all()
+
+
+@pytest.mark.parametrize("own_state", [True, False])
+def test_slow_weights_train_on_after_compaction(own_state):
+    """The state of a wrapper follows as that of the optimizer inside does."""
+    outputs = []
+    for compacted in (False, True):
+        model = make_model()
+        optimizer, allocator = Lookahead(make_optimizer(model), own_state), make_allocator(model)
+        allocator.attach(optimizer)
+        for t in range(STEPS + 5):
+            if compacted and t == STEPS:
+                compact(model, optimizer)
+                assert {id(p) for p in optimizer.state} <= {id(p) for p in trained(model)}
+            backward(model, t, gamma=0)
+            optimizer.step()
+            optimizer.optimizer.zero_grad()
+        outputs.append(model(torch.ones(2, 6, dtype=torch.float64)).detach())
+        assert allocator.t == STEPS + 5 and sum(kept(allocator)) == SCHEDULE["target_total_rank"]
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("own_state", [True, False])

@@ -68,7 +68,7 @@ def own_score(monkeypatch):
     monkeypatch.setattr(score_registry, "_scores", dict(score_registry._scores))
 
     def remembering(w, g, state):
-        state["seen"] = state.get("seen", torch.zeros_like(g)) + g
+        state["seen"] = 0.9 * state.get("seen", torch.zeros_like(g)) + g
         return (w * state["seen"]).abs()
 
     register_score("remembering", remembering, smoothing="ema")
