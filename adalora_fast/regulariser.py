@@ -16,9 +16,7 @@ no gradient at all    nothing: the adapters took no part in this step
 ====================  ==========================================================================
 """
 
-import itertools
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from adalora_fast.attachment import closure_of
 from adalora_fast.nn import orthogonality_of
-from adalora_fast.ops.library import NO_CUDA_GRAPH, define
+from adalora_fast.ops.orthogonality import enlist, noted
 from adalora_fast.ops.tables import is_capturing
 from adalora_fast.shards import is_running, shards_of
 
@@ -35,33 +33,6 @@ if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
 
 MISSING_FOR = 10  # optimizer steps without R before a warning
-
-_numbers = itertools.count(1)
-_by_number: "weakref.WeakValueDictionary[int, Regulariser]" = weakref.WeakValueDictionary()
-
-
-@define(
-    "orthogonality_acts(Tensor grad, int number, bool own) -> Tensor",
-    fake=lambda grad, number, own: torch.empty_like(grad),
-    tags=NO_CUDA_GRAPH,
-)
-def _orthogonality_acts(grad, number, own):
-    # An op, so that a compiled backward asks it at every step instead of once.
-    regulariser = _by_number.get(number)
-    return grad.clone() if regulariser is None else regulariser.acts(grad, own)
-
-
-class _Noted(torch.autograd.Function):
-    """The identity; its backward tells the regulariser, which says what goes on from here."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, number: int, own: bool) -> Tensor:
-        ctx.number, ctx.own = number, own
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return torch.ops.adalora_fast.orthogonality_acts(grad, ctx.number, ctx.own), None, None
 
 
 class Regulariser:
@@ -93,8 +64,7 @@ class Regulariser:
         self._reached, self._steps_without = False, 0
         self._gathered: list[bool] | None = None  # which factors were sharded when R was last computed
         self.forget()
-        self._number = next(_numbers)
-        _by_number[self._number] = self
+        self._number = enlist(self)
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a regulariser of its own, between two steps."""
@@ -147,7 +117,7 @@ class Regulariser:
 
     def noted(self, value: Tensor, own: bool = False) -> Tensor:
         """``value``, whose backward counts as R's. ``own``: it is the model's own term, not the user's."""
-        return _Noted.apply(value, self._number, own) if value.requires_grad else value
+        return noted(value, self._number, own)
 
     def acts(self, grad: Tensor, own: bool) -> Tensor:
         """R's backward runs, with ``grad`` from the loss; returns what goes on to the factors."""

@@ -25,6 +25,7 @@ NAMES = {
     "importance_update_",
     "importance_scores",
     "orthogonality",
+    "orthogonality_acts",
     "allocation_select",
     "allocation_apply_mask_",
     "allocation_allocate_",
@@ -99,6 +100,10 @@ def test_orthogonality(penalty, dtype):
     torch.library.opcheck(OPS.orthogonality, (parameters[0::3], parameters[2::3], penalty, True))
     detached = [p.detach() for p in parameters]
     torch.library.opcheck(OPS.orthogonality, (detached[0::3], detached[2::3], penalty, False))
+
+
+def test_what_the_backward_of_the_term_asks():
+    torch.library.opcheck(OPS.orthogonality_acts, (torch.tensor(2.0), 0, True))  # nobody has number 0
 
 
 def test_allocation():
