@@ -1,9 +1,9 @@
 """The gradients of an allocator's step, and what it means if there are none.
 
 A batch of text for a model whose adapters are in its vision tower, a layer that is dropped, a frozen phase:
-then no adapter parameter has a gradient, and the optimizer leaves all of them alone. Such a step teaches
-nothing and counts. A call after ``zero_grad()`` looks alike and is an error, because nothing would ever be
-learnt.
+then no adapter has a gradient of the task. The optimizer leaves all of them alone, or takes the orthogonality
+term's step. Such a step teaches nothing and counts. A call after ``zero_grad()`` looks alike and is an error,
+because nothing would ever be learnt.
 """
 
 import warnings
@@ -48,11 +48,12 @@ class Gradients:
             grads = [parameter.grad for parameter in parameters]
         else:
             grads = attachment.gradients()
-        if any(grad is not None for grad in grads):
+        if _reached(parameters, grads):
             self._missing = 0
             return grads
+        term_alone = any(grad is not None for grad in grads)
         had_none = self._others_only(parameters, model) if attachment is None else attachment.had_none
-        if not had_none:
+        if not (term_alone or had_none):
             raise ValueError(
                 "no adapter parameter has a gradient; call allocator.step() after loss.backward() "
                 "and before zero_grad()"
@@ -67,13 +68,21 @@ class Gradients:
                 UserWarning,
                 stacklevel=4,
             )
-        return grads
+        return [None] * len(grads)
 
     def _others_only(self, parameters: list[Tensor], model: nn.Module) -> bool:
         """Whether other parameters still have their gradients, and no optimizer has changed Λ."""
         own = {id(parameter) for parameter in parameters}
         others = any(p.grad is not None for p in model.parameters() if id(p) not in own)
         return others and self._version in (None, versions(parameters[1::3]))
+
+
+def _reached(parameters: list[Tensor], grads: list[Tensor | None]) -> bool:
+    """Whether the loss of the task reached an adapter. The orthogonality term gives lora_A and lora_B a
+    gradient without it, but not lora_E, which therefore tells (unless all of them are frozen).
+    """
+    tells = [grad for parameter, grad in zip(parameters[1::3], grads[1::3]) if parameter.requires_grad]
+    return any(grad is not None for grad in (tells or grads))
 
 
 def versions(tensors: Iterable[Tensor]) -> int:

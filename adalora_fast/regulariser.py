@@ -107,10 +107,15 @@ class Regulariser:
         """Whether R takes a collective: sharded factors are gathered, also by processes without a loss."""
         return shards_of(self.allocator.lambdas()) is not None
 
+    def begin_forward(self) -> None:
+        """A training forward: if the gradients were set to None since R acted, it has not acted for this step
+        (a GradScaler skipped the last step, or a backward pass was thrown away).
+        """
+        if self.acted and all(parameter.grad is None for parameter in self.allocator.parameters()):
+            self.forget()
+
     def term(self) -> Tensor:
         """γ · R, for the loss that the model itself returns."""
-        if not torch.compiler.is_compiling() and self._gradients_are_gone():
-            self.forget()  # a GradScaler skipped the last step and the gradients were zeroed
         value = self.loss()
         self.value = value.detach()
         return self.noted(self.weight() * value, own=True)
@@ -150,10 +155,6 @@ class Regulariser:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _gradients_are_gone(self) -> bool:
-        factors = self.allocator.factors()
-        return all(f.lora_A.grad is None and f.lora_E.grad is None for f in factors[:1])
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """Hook of the optimizer that trains the factors: add γ ∇R if it has not acted since the last step.

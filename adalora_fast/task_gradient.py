@@ -43,7 +43,11 @@ class TaskGradient:
             added: what was added, by ``id`` of the parameter.
             parameters: A_0, E_0, B_0, A_1, ...
             is_scaled: the gradients are a multiple of the true ones, which the optimizer's own step undoes.
+
+        Raises:
+            RuntimeError: several processes train together.
         """
+        _refuse_several()
         self._added = added
         if is_scaled:
             first = next(parameter for parameter in parameters if id(parameter) in added)
@@ -56,10 +60,7 @@ class TaskGradient:
         Raises:
             RuntimeError: several processes train together.
         """
-        if Processes().are_several():
-            raise RuntimeError(
-                "score_gradient='task' works in one process only; use 'total' for distributed runs"
-            )
+        _refuse_several()
         reached = {
             i: parameter for i, parameter in enumerate(parameters) if i % 3 != 1 and parameter.requires_grad
         }
@@ -124,3 +125,10 @@ class TaskGradient:
             grad if grad is None or part is None else grad - factor * part
             for grad, part in zip(grads, parts, strict=True)
         ]
+
+
+def _refuse_several() -> None:
+    if Processes().are_several():
+        raise RuntimeError(
+            "score_gradient='task' works in one process only; use 'total' for distributed runs"
+        )

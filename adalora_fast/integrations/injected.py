@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from adalora_fast.allocator import RankAllocator
 from adalora_fast.allocator_state import is_sharded, write_state
+from adalora_fast.integrations.adapter_names import is_in_a_key
 from adalora_fast.integrations.checkpoints import move_files
 from adalora_fast.integrations.layers import adapter_layers, fuse_layer
 from adalora_fast.integrations.locate import HANDLE, peft_models
@@ -155,6 +156,7 @@ class WithHandleInTransformers(WithHandle):
         if ours and peft_model_id is not None and Path(str(peft_model_id)).is_dir():
             return self.adalora.load_adapter(peft_model_id, name, *args, **kwargs)
         with _unless_it_fails(self, name):
+            _check_name(self, name)
             result = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
             check_scales(self.peft_config[name])
         tuner.settle(name)
@@ -164,6 +166,7 @@ class WithHandleInTransformers(WithHandle):
         """transformers'; the layers are fused."""
         name = adapter_name or "default"
         with _unless_it_fails(self, name):
+            _check_name(self, name)
             check_scales(adapter_config)
             super().add_adapter(adapter_config, adapter_name)
         self.adalora.base_model.settle(name)
@@ -175,6 +178,20 @@ class WithHandleInTransformers(WithHandle):
         super().delete_adapter(adapter_names)
         if trained not in self.__dict__.get("peft_config", {}):
             take_handle(self)
+
+
+def _check_name(model: nn.Module, adapter: str) -> None:
+    """Refuse a name with which transformers would save a part of the adapters, without a word.
+
+    Raises:
+        ValueError: it is a part of a layer's name; transformers finds an adapter's tensors by text.
+    """
+    taken = next((layer for layer in adapter_layers(model) if is_in_a_key(adapter, [layer])), None)
+    if taken is not None:
+        raise ValueError(
+            f"an adapter called {adapter!r} could not be saved: the name is a part of {taken}.lora_E, and "
+            "transformers finds an adapter's tensors by text; choose another name"
+        )
 
 
 @contextlib.contextmanager
@@ -285,6 +302,11 @@ def fuse_inside(model: nn.Module, **options) -> nn.Module:
                 _try(each, options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
+    for each in unfused.values():
+        carrier = each.base_model.model
+        if isinstance(carrier, PreTrainedModel) and each not in model.modules():
+            for name in each.peft_config:
+                _check_name(carrier, name)
     for each in unfused.values():
         fuse(each, **options)
         carrier = each.base_model.model

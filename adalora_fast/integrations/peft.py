@@ -46,6 +46,8 @@ class FusedAdaLoraModel(WithAdapters):
             return outputs
         self._watch_for_forgotten_allocator()
         regulariser = self.regulariser
+        if not torch.compiler.is_compiling():
+            regulariser.begin_forward()
         has_loss = isinstance(getattr(outputs, "loss", None), torch.Tensor)
         if self.orth_reg_weight() == 0 or not (has_loss or regulariser.needs_everybody()):
             return outputs
@@ -112,9 +114,10 @@ class FusedAdaLoraModel(WithAdapters):
         """Whether an optimizer step was due (a ``GradScaler`` skips it for infinite gradients, and adapters
         that did not run have none).
         """
-        grads = [parameter.grad for parameter in self.rankallocator.parameters()]
-        present = [grad for grad in grads if grad is not None]
-        return bool(present) and all_finite(present)
+        allocator = self.rankallocator
+        if all(values.grad is None for values in allocator.lambdas()):  # the term alone moves no λ
+            return False
+        return all_finite([p.grad for p in allocator.parameters() if p.grad is not None])
 
     def train(self, mode: bool = True) -> "FusedAdaLoraModel":
         """PEFT's; what is evaluated has no pruned triplets, as what is saved."""

@@ -29,7 +29,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Callable[[], Factors | None]]:
 
 def nothing_adapted(model: nn.Module) -> str:
     """What to say of a model in which :func:`adapted_layers` finds nothing."""
-    if any(hasattr(module, "lora_E") for module in model.modules()):
+    if any(hasattr(module, "lora_E") and not hasattr(module, "factors") for module in model.modules()):
         return (
             f"the AdaLoRA layers of {type(model).__name__} are PEFT's own; call fuse(model), which gives "
             "them a rankallocator"

@@ -308,3 +308,17 @@ def test_to_lora(fused, finished, tmp_path):
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["query", "self", "layer", "a"])
+def test_names_that_transformers_could_not_save(name):
+    """It would leave tensors out of the files, or write no file at all."""
+    model = fuse(added())
+    with one_line(ValueError, repr(name), "choose another name"):
+        model.add_adapter(config(inference_mode=True), name)
+    assert list(model.peft_config) == ["default"]
+    named = bert()
+    named.add_adapter(config(), name)
+    with one_line(ValueError, repr(name), "choose another name"):
+        fuse(named)
+    assert not hasattr(named, "adalora")

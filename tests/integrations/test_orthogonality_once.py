@@ -144,6 +144,34 @@ def test_under_the_callback_accumulation_changes_nothing(loss, weight):
     assert step(model, loss, micro_batches=4, weight=weight) == pytest.approx(1, rel=1e-9)  # in every step
 
 
+def test_a_frozen_first_layer_does_not_end_the_step_early():
+    model = fused()
+    allocator = model.base_model.rankallocator
+    for factor in allocator.factors()[0]:
+        factor.requires_grad_(False)
+    allocator.regulariser.act_once(None)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    allocator.attach(optimizer, automatic=False)
+    for _ in range(4):
+        labelled(model, batch()).backward()
+    optimizer.step()
+    found = [factor.grad.clone() for factor in sides(model)[2:]]
+    for factor in sides(model):
+        factor.grad = None
+    (GAMMA * orthogonality_loss(model)).backward()
+    for one, other in zip(found, sides(model)[2:], strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("after", [labelled, from_logits], ids=lambda loss: loss.__name__)
+def test_a_backward_pass_that_is_thrown_away_does_not_take_the_term_along(after):
+    model = fused()
+    model.base_model.rankallocator.regulariser.act_once(None)
+    labelled(model, batch()).backward()
+    model.zero_grad()
+    assert step(model, after) == pytest.approx(1, rel=1e-9)
+
+
 def test_the_models_own_loss_is_clipped_with_its_term_and_others_get_it_afterwards():
     own, other = fused(), fused()
     for model in (own, other):

@@ -9,6 +9,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from adalora_fast import AdaLoraCallback, fuse, gradients, to_lora
 from adalora_fast.integrations.trainer import unwrap
@@ -209,10 +210,11 @@ def test_the_saved_average_is_the_evaluated_one(tmp_path):
 
 
 class Seeing(nn.Module):
-    """Adapters in the vision part; some batches are text alone."""
+    """Adapters in the vision part; some batches are text alone. ``output`` is what a forward returns."""
 
-    def __init__(self):
+    def __init__(self, output=dict):
         super().__init__()
+        self.output = output
         torch.manual_seed(0)
         self.vision = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
         self.text, self.head = nn.Embedding(20, 8), nn.Linear(8, 2)
@@ -222,14 +224,14 @@ class Seeing(nn.Module):
         if pixels is not None and pixels.any():
             hidden = hidden + self.vision(pixels)
         logits = self.head(hidden)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        return self.output(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
-def seeing():
+def seeing(output=dict):
     config = AdaLoraConfig(
         init_r=4, target_r=2, **SHORT, target_modules=r"vision\.[02]", modules_to_save=["head"]
     )
-    return get_peft_model(Seeing(), config)
+    return get_peft_model(Seeing(output), config)
 
 
 def some_batch(t, text_alone):
@@ -238,15 +240,16 @@ def some_batch(t, text_alone):
     return {"ids": ids, "labels": labels, "pixels": None if text_alone else torch.randn(4, 6, generator=draw)}
 
 
+@pytest.mark.parametrize("output", [dict, SequenceClassifierOutput])  # γ · R is in the second one's loss
 @pytest.mark.parametrize("attached", [True, False])
-def test_by_hand(attached):
-    model = fuse(seeing())
+def test_by_hand(attached, output):
+    model = fuse(seeing(output))
     allocator, optimizer = model.base_model.rankallocator, torch.optim.AdamW(trainable(model), 1e-2)
     if attached:
         allocator.attach(optimizer)
     with no_warning():
         # The model returns a plain dict, in whose loss PEFT adds no term; only attach() can add it.
-        if not attached:
+        if not attached and output is dict:
             warnings.filterwarnings("default", message="the orthogonality term reached no gradient")
         for t in range(20):
             model(**some_batch(t, t % 4 in (0, 3)))["loss"].backward()
