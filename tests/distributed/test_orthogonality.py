@@ -46,24 +46,35 @@ def sides(inner) -> list[torch.Tensor]:
     return [factor for layer in factors for factor in (layer.lora_A, layer.lora_B)]
 
 
-def share_of_r(kind: str, losses, once: bool, micro_batches: int = 1, clip: float | None = None, weight=1.0):
+def share_of_r(
+    kind: str,
+    losses,
+    once: bool,
+    micro_batches: int = 1,
+    clip: float | None = None,
+    weight: float = 1.0,
+    scale: float | None = None,
+    fused: bool = False,
+):
     """How many times γ ∇R the gradients hold when the optimizer has stepped."""
     loss = losses[dist.get_rank() if dist.is_initialized() else 0]
     inner = fuse(adapted("bert", **{**CONFIG, "orth_reg_weight": GAMMA}).double()).train()
     expected = wanted(inner)
     model = wrapped(kind, inner)
     allocator = inner.base_model.rankallocator
-    optimizer = torch.optim.SGD(trainable(inner), lr=0.0)
+    optimizer = torch.optim.Adam(trainable(inner), lr=0.0, fused=fused)
     allocator.attach(optimizer, automatic=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     if once:
-        allocator.regulariser.act_once(None)
+        allocator.regulariser.act_once(scaler)
     for i in range(micro_batches):
         if kind == "replicated":
             model.require_backward_grad_sync = i == micro_batches - 1
-        (weight * loss(model, share(i))).backward()
+        scaler.scale(weight * loss(model, share(i))).backward()
     if clip is not None:
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trainable(inner), clip)
-    optimizer.step()
+    scaler.step(optimizer)
     found = torch.cat([full(factor.grad).flatten() for factor in sides(inner)])
     times = (found.dot(expected) / expected.dot(expected)).item()
     torch.testing.assert_close(found, times * expected, rtol=1e-9, atol=1e-12)
@@ -97,6 +108,15 @@ def test_accumulation_in_losses_multiplied_by_the_processes(pair, kind, losses):
 def test_what_is_missing_comes_after_clipping(pair, losses):
     found = pair.run(share_of_r, "replicated", MIXED[losses], True, clip=1e-3)
     assert found == pytest.approx([1, 1] if losses == "none" else [0.5, 0.5], rel=0.05)
+
+
+@pytest.mark.parametrize("losses", ["all own", "none", "one of two"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_loss_scaling(pair, losses, fused):
+    found = pair.run(
+        share_of_r, "replicated", MIXED[losses], True, micro_batches=2, scale=1024.0, fused=fused
+    )
+    assert found == pytest.approx([1, 1], rel=1e-9)
 
 
 @pytest.mark.parametrize("losses", ["all own", "none"])

@@ -60,6 +60,14 @@ def test_equals_one_process_with_all_of_the_batch(whole, tmp_path):
         torch.testing.assert_close(results[0]["weights"][name], weight, rtol=1e-10, atol=1e-12, msg=name)
 
 
+def test_the_orthogonality_term_acts_once(whole):
+    """Over accumulated batches, in a loss that is summed by ``num_items_in_batch`` times two processes."""
+    _, results = whole
+    assert [found["shares"]["free"] for found in results] == pytest.approx([1, 1], rel=1e-6)
+    clipped = [found["shares"]["clipped"] for found in results]
+    assert clipped[0] == pytest.approx(clipped[1], rel=1e-9) and 0 < clipped[0] < 0.5
+
+
 def test_resumes_exactly(whole, tmp_path):
     folder, expected = whole
     checkpoint = tmp_path / f"checkpoint-{train.SAVED}"

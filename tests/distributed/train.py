@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from adalora_fast import AdaLoraCallback
+from tests.integrations.test_orthogonality_once import share_of_r
 from tests.integrations.training import peft_model, trainer
 from tests.models import trained_weights
 
@@ -46,6 +47,25 @@ def make(folder: Path, size: int) -> tuple[Trainer, Masks]:
     return run, masks
 
 
+class ShareOfTerm(TrainerCallback):
+    """How many times γ ∇R the gradients of lora_A and lora_B hold in the first step, where λ is zero."""
+
+    def on_optimizer_step(self, args, state, control, model: nn.Module = None, **kwargs) -> None:
+        self.share = share_of_r(getattr(model, "module", model))
+
+
+def shares_of_term(folder: Path) -> dict[str, float]:
+    """Of one step over four batches in a loss that the Trainer multiplies by the number of processes."""
+    found = {}
+    for name, limit in (("free", 0.0), ("clipped", 1e-3)):
+        watch = ShareOfTerm()
+        options = {"learning_rate": 0.0, "max_steps": 1, "gradient_accumulation_steps": 4}
+        sizes = {"per_device_train_batch_size": 1, "max_grad_norm": limit}
+        trainer(peft_model(lora_dropout=0.0).double(), folder, watch, **options, **sizes).train()
+        found[name] = watch.share
+    return found
+
+
 def result(run: Trainer, masks: Masks) -> dict:
     """What is compared."""
     state = run.model.base_model.rankallocator.state_dict()
@@ -56,7 +76,8 @@ def main(folder: str, size: str, resume: str | None = None) -> None:
     torch.set_num_threads(1)
     run, masks = make(Path(folder), int(size))
     run.train(resume_from_checkpoint=resume)
-    torch.save(result(run, masks), Path(folder) / f"rank{run.args.process_index}.pt")
+    left = result(run, masks) | {"shares": {} if resume else shares_of_term(Path(folder) / "shares")}
+    torch.save(left, Path(folder) / f"rank{run.args.process_index}.pt")
 
 
 if __name__ == "__main__":
