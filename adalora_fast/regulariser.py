@@ -126,15 +126,16 @@ class Regulariser:
 
     def acts(self, grad: Tensor, own: bool) -> Tensor:
         """R's backward runs, with ``grad`` from the loss; returns what goes on to the factors."""
-        self._reached = True
+        self._reached = self.acted = True
         if is_capturing(grad.device):
-            self.acted = self._is_captured = True
+            self._is_captured = True
             return grad.clone()
+        if not self.once:
+            return grad.clone()
+        repeated, self._in_pass = self._accumulated or self._in_pass, True
         self._watch()
-        repeated = self._accumulated or self._in_pass
-        self.acted = self._in_pass = True
         torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
-        if not (self.once and own):
+        if not own:
             return grad.clone()
         if repeated:
             return torch.zeros_like(grad)
@@ -170,10 +171,14 @@ class Regulariser:
 
     def _missing(self) -> list[float] | None:
         """The share of γ ∇R that the gradient of each factor lacks; None if nobody has anything to add."""
+        processes = self.allocator.processes
+        is_alone = not processes.are_several()
+        if is_alone and self.acted:
+            return None
         has_gradient = any(parameter.grad is not None for parameter in self.allocator.parameters())
-        processes, count = self.allocator.processes, 2 * len(self.allocator.factors())
-        if not processes.are_several():
-            return [1.0] * count if has_gradient and not self.acted else None
+        count = 2 * len(self.allocator.factors())
+        if is_alone:
+            return [1.0] * count if has_gradient else None
         # Averaged gradients hold R's in part if it acted in some of the processes, so they have to agree.
         acted, having = processes.count((self.acted, has_gradient), self._device)
         if not having or acted == processes.size():
