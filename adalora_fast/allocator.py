@@ -28,6 +28,7 @@ from adalora_fast.statistics import Statistics
 from adalora_fast.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("total", "task")
+WEIGHTS = ("after", "before")
 
 
 class RankAllocator(AllocatedLayers):
@@ -49,6 +50,9 @@ class RankAllocator(AllocatedLayers):
         target_total_rank: the final budget in triplets, instead of ``target_r`` times the number of layers.
         score_gradient: ``"total"`` scores the full gradient, ``"task"`` without the orthogonality term's
             part.
+        weights: the w of the scores, ``"after"`` the optimizer's step as in the public code, or ``"before"``
+            it as in the paper's Algorithm 1, at which the gradient was taken. That needs :meth:`attach`, and
+            one more copy of the factors.
         triplet: ``"full"`` is eq. 7; ``"lambda"`` scores λ's own entry alone, S = s(λ), which needs one entry
             in 1 + d1 + d2 (of P and Q nothing is read but whether they have gradients, so that a gradient
             of theirs which is not finite no longer stops the update).
@@ -88,6 +92,7 @@ class RankAllocator(AllocatedLayers):
         beta2: float = 0.85,
         target_total_rank: int | None = None,
         score_gradient: str = "total",
+        weights: str = "after",
         triplet: str = "full",
         hysteresis: float = 0.0,
         remember: bool = False,
@@ -104,9 +109,11 @@ class RankAllocator(AllocatedLayers):
             raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
         self.score = get_score(score)
         self.smoothing = resolve_smoothing(self.score, smoothing)
+        check_weights(weights)
         check_stability(hysteresis, remember)
         self.beta1, self.beta2, self.score_gradient = beta1, beta2, score_gradient
-        self.triplet, self.hysteresis, self.remember = triplet, hysteresis, remember
+        self.weights, self.triplet = weights, triplet
+        self.hysteresis, self.remember = hysteresis, remember
         self.keep_terms = False  # whether masks keep what S is made of, see score_terms()
         self._statistics = Statistics(self.score, self.smoothing, beta1, beta2, triplet)
         if target_total_rank is None:
@@ -150,7 +157,7 @@ class RankAllocator(AllocatedLayers):
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a copy of the allocator, without the ties to the original's optimizer."""
-        return {**self.__dict__, "_attachment": None, "_is_copy": True}
+        return {**self.__dict__, "_attachment": None, "_weights_before": None, "_is_copy": True}
 
     def is_stale_copy(self) -> bool:
         """Whether this is a copy from before the final mask, and its weights changed without its steps."""
@@ -160,6 +167,7 @@ class RankAllocator(AllocatedLayers):
         """Forget everything that was learnt: the run starts again at t = 0 with every triplet kept."""
         self._task_gradient.forget()
         self._gradients.forget()
+        self._weights_before: list[Tensor] | None = None
         self._statistics.reset(self.parameters())
         self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._statistics.device)
         self._mask_before: Tensor | None = None
@@ -357,8 +365,20 @@ class RankAllocator(AllocatedLayers):
             )
         if self.score_gradient == "task":
             grads = self._task_gradient.of(parameters, grads, self._statistics.dtype)
-        self._statistics.update_(parameters, grads)
+        self._statistics.update_(self._scored_weights(parameters), grads)
         self._position.updates += any(grad is not None for grad in grads)
+
+    def _scored_weights(self, parameters: list[Tensor]) -> list[Tensor]:
+        """w of the scores."""
+        if self.weights == "after":
+            return parameters
+        weights, self._weights_before = self._weights_before, None
+        if weights is None:
+            raise ValueError(
+                "weights='before' needs the factors from before the optimizer's step; call attach(optimizer) "
+                "before it (AdaLoraCallback does)"
+            )
+        return weights
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
@@ -372,6 +392,8 @@ class RankAllocator(AllocatedLayers):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self.regulariser is not None:
             self.regulariser.before_step(optimizer, args, kwargs)
+        if self.weights == "before" and not self._position.is_final:
+            self._weights_before = [parameter.detach().clone() for parameter in self.parameters()]
 
     def follow_regulariser(self) -> None:
         """Others take an optimizer step for which this process has no data."""
@@ -455,6 +477,12 @@ class RankAllocator(AllocatedLayers):
         self._gradients.forget()
         self._statistics.restore(values, updates, user_state)
         self._go_to(position)
+
+
+def check_weights(weights: str) -> None:
+    """ValueError where these are no weights that can be scored."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} is not one of {WEIGHTS}")
 
 
 def _warn(message: str) -> None:

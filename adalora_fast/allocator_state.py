@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 FILE_NAME = "adalora_allocator.safetensors"
 FORMAT = 2
-OLDER = {1: {"triplet": "full", "hysteresis": 0.0, "remember": False}}  # what those formats did not say
+# What those formats did not say.
+OLDER = {1: {"weights": "after", "triplet": "full", "hysteresis": 0.0, "remember": False}}
 AllocatorState = dict[str, Any]  # {"config": plain values, "tensors": {name: tensor}}
 
 
@@ -60,6 +61,7 @@ def facts_of(allocator: "RankAllocator") -> dict[str, Any]:
         "beta1": allocator._statistics.beta1,
         "beta2": allocator._statistics.beta2,
         "score_gradient": allocator.score_gradient,
+        "weights": allocator.weights,
         "triplet": allocator.triplet,
         "hysteresis": allocator.hysteresis,
         "remember": allocator.remember,
@@ -190,6 +192,7 @@ def _check_same(config: dict, allocator: "RankAllocator") -> None:
         "score": allocator.score.name,
         "smoothing": allocator.smoothing,
         "score_gradient": allocator.score_gradient,
+        "weights": allocator.weights,
         "triplet": allocator.triplet,
         "hysteresis": allocator.hysteresis,
         "remember": allocator.remember,

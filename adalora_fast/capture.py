@@ -115,6 +115,8 @@ class CapturableRankAllocator(RankAllocator):
             raise ValueError(
                 "score_gradient='task' looks at gradients on the host; use 'total' with capturable"
             )
+        if self.weights == "before":
+            raise ValueError("weights='before' is not recorded in graphs; use 'after' with capturable")
         self._warn_of_few_updates(self.schedule.final_step)  # nobody could at the final step
         self._scores = self._statistics.values.new_zeros(self._mask.shape)
         self._mask_before = self._mask.clone()

@@ -88,7 +88,7 @@ def test_layers_in_another_order(run, state):
 
 @pytest.mark.parametrize("options", [{}, {"remember": True}, {"hysteresis": 0.5}, {"triplet": "lambda"}])
 def test_a_state_of_the_first_format_is_one_without_stable_allocation(run, state, options):
-    old = changed(state, {"format": 1}, drop=("triplet", "hysteresis", "remember"))
+    old = changed(state, {"format": 1}, drop=("weights", "triplet", "hysteresis", "remember"))
     model = make_model()
     allocator = make_allocator(model, **options)
     if options:
@@ -97,6 +97,11 @@ def test_a_state_of_the_first_format_is_one_without_stable_allocation(run, state
     else:
         allocator.load_state_dict(old)
         assert allocator.t == 4
+
+
+def test_a_state_of_scores_before_the_step(run, state):
+    said = "saved with weights='before', this allocator has 'after'"
+    refused(run, changed(state, {"weights": "before"}), said)
 
 
 def test_remembered_lambdas_belong_to_the_state():

@@ -246,6 +246,28 @@ class TestLambdaAlone:
             make_allocator(make_model(), triplet="P")
 
 
+class TestWeightsBeforeTheStep:
+    def test_they_are_those_at_which_the_gradient_was_taken(self):
+        model, optimizer, allocator = start(score="sensitivity", smoothing="none", weights="before", tinit=5)
+        allocator.attach(optimizer, automatic=False)
+        backward(model, 0)
+        want = torch.cat([(p * p.grad).abs().detach().flatten() for p in parameters_of(model)]).sort().values
+        optimizer.step()
+        allocator.step()
+        torch.testing.assert_close(allocator._statistics.values[0].sort().values, want)
+        after = torch.cat([(p * p.grad).abs().detach().flatten() for p in parameters_of(model)]).sort().values
+        assert not torch.allclose(after, want), "the optimizer changed nothing: the test saw nothing"
+
+    def test_without_the_optimizer_they_are_not_known(self):
+        model, optimizer, allocator = start(weights="before")
+        backward(model, 0)
+        optimizer.step()
+        with pytest.raises(ValueError, match=r"weights='before' needs .* call attach\(optimizer\)"):
+            allocator.step()
+        with pytest.raises(ValueError, match=r"weights 'during' is not one of \('after', 'before'\)"):
+            make_allocator(make_model(), weights="during")
+
+
 class TestWhatAnAllocatorTells:
     def test_every_mask(self):
         run, before = start(**CHURNING), [True] * 12

@@ -171,6 +171,8 @@ def add_low_rank(
             score_of(settings, adapted, found),
             smoothing=settings.smoothing,
             score_gradient=settings.score_gradient,
+            orth_penalty=recipe.orth_penalty,
+            weights=recipe.weights,
             triplet=recipe.triplet,
             hysteresis=recipe.hysteresis,
             remember=recipe.remember,

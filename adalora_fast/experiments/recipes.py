@@ -39,9 +39,9 @@ class Recipe:
     product. `bottleneck` is the width of a Houlsby adapter, `virtual_tokens` the length of a prompt or
     prefix. `train_biases` also trains every bias of the base (BitFit), whatever the method.
 
-    `triplet`, `hysteresis` and `remember` are those of `RankAllocator`. Of the nulls (`nulls`), `redraw` is
-    the share of the lottery that is drawn again between two masks, `ranks_from` the arm whose ranks are
-    dealt, and `shuffled` deals them to other matrices.
+    `weights`, `triplet`, `hysteresis` and `remember` are those of `RankAllocator`, `orth_penalty` is that of
+    `fuse`. Of the nulls (`nulls`), `redraw` is the share of the lottery that is drawn again between two
+    masks, `ranks_from` the arm whose ranks are dealt, and `shuffled` deals them to other matrices.
     """
 
     epochs: float = 3.0
@@ -74,6 +74,8 @@ class Recipe:
     bottleneck: int = 64
     virtual_tokens: int = 20
     train_biases: bool = False
+    orth_penalty: str = "fro"
+    weights: str = "after"
     triplet: str = "full"
     hysteresis: float = 0.0
     remember: bool = False
@@ -93,12 +95,13 @@ class Recipe:
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        if self.triplet not in TRIPLETS:
-            raise ValueError(f"unknown triplet {self.triplet!r}; choose one of {', '.join(TRIPLETS)}")
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
         if self.ranks_from is not None and not isinstance(self.ranks_from, str):
             raise ValueError(f"ranks_from is {self.ranks_from!r}; give the name of an arm")
         for field in fields(self):
-            if field.name in ("matrices", "triplet", "ranks_from", *FLAGS):
+            if field.name in ("matrices", "ranks_from", *FLAGS, *CHOICES):
                 continue
             _check_number(field.name, getattr(self, field.name))
         if self.target_r > self.init_r:
@@ -108,7 +111,7 @@ class Recipe:
 
 
 FLAGS = ("train_biases", "remember", "shuffled")
-TRIPLETS = ("full", "lambda")
+CHOICES = {"orth_penalty": ("fro", "squared"), "weights": ("after", "before"), "triplet": ("full", "lambda")}
 PRECISIONS = ("fp32", "bf16", "fp16")  # mixed precision: weights stay float32
 OPTIONAL = ("classifier_dropout", "dropout", "train_rows", "evaluation_rows")
 INTEGERS = (

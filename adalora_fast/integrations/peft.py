@@ -9,7 +9,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
-from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
+from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator, check_weights
 from adalora_fast.allocator_state import is_sharded
 from adalora_fast.distributed import all_finite, refuse_emptied, whole
 from adalora_fast.integrations.adapters import WithAdapters, check_names
@@ -33,7 +33,7 @@ from adalora_fast.stability import check_stability
 from adalora_fast.statistics import check_triplet
 
 # What `fuse` hands on to every allocator of the model.
-ALLOCATOR_SETTINGS = ("score", "smoothing", "score_gradient", "triplet", "hysteresis", "remember")
+ALLOCATOR_SETTINGS = ("score", "smoothing", "score_gradient", "weights", "triplet", "hysteresis", "remember")
 FORGOTTEN_AFTER = 100  # optimizer steps without one allocator step
 
 
@@ -224,6 +224,7 @@ def fuse(
     *,
     smoothing: str | None = None,
     score_gradient: str = "total",
+    weights: str = "after",
     triplet: str = "full",
     hysteresis: float = 0.0,
     remember: bool = False,
@@ -242,7 +243,8 @@ def fuse(
             all of which are fused (:mod:`adalora_fast.integrations.injected`).
         score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude``, a registered name
             or a :class:`adalora_fast.scores.Score`.
-        smoothing, score_gradient, triplet, hysteresis, remember: see :class:`adalora_fast.RankAllocator`.
+        smoothing, score_gradient, weights, triplet, hysteresis, remember: see
+            :class:`adalora_fast.RankAllocator`.
         orth_penalty: ``"fro"`` (PEFT's) or ``"squared"`` (the paper's).
         precision: ``"default"`` or ``"highest"``, see :func:`adalora_fast.ops.adalora_linear`.
 
@@ -261,6 +263,7 @@ def fuse(
             score=score,
             smoothing=smoothing,
             score_gradient=score_gradient,
+            weights=weights,
             triplet=triplet,
             hysteresis=hysteresis,
             remember=remember,
@@ -273,6 +276,7 @@ def fuse(
         raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
+    check_weights(weights)
     check_triplet(triplet)
     check_stability(hysteresis, remember)
     if orth_penalty not in PENALTIES:
@@ -293,6 +297,7 @@ def fuse(
         "score": score,
         "smoothing": smoothing,
         "score_gradient": score_gradient,
+        "weights": weights,
         "triplet": triplet,
         "hysteresis": hysteresis,
         "remember": remember,

@@ -39,9 +39,9 @@ class AdaLoraCallback(TrainerCallback):
         tinit, tfinal: steps (int) or fractions of the run (float in [0, 1)). None: the config's own value if
             it is above zero and ``total_step`` is not ``"auto"``, else 0.1 and 0.3 of the run.
         deltaT: steps between two masks; None: the config's.
-        score, smoothing, score_gradient, triplet, hysteresis, remember, orth_penalty, precision: for
-            :func:`fuse`, if the model is not fused yet; on a fused one, a ``score`` that differs from its own
-            is an error.
+        score, smoothing, score_gradient, weights, triplet, hysteresis, remember, orth_penalty, precision:
+            for :func:`fuse`, if the model is not fused yet; on a fused one, a ``score`` that differs from its
+            own is an error.
 
     Raises:
         ValueError: (at the start of training) a schedule that does not fit the run, naming both numbers.

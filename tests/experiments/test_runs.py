@@ -93,6 +93,7 @@ def test_every_setting_of_the_recipe_counts(tmp_path, name):
     others = {"target_r": 4, "classifier_dropout": 0.4, "beta1": 0.5, "beta2": 0.5}
     others |= {"dropout": 0.2, "precision": "bf16", "train_rows": 5, "evaluation_rows": 5}
     others |= {"matrices": ("query",), "adapter_dropout": 0.1, "train_biases": True, "triplet": "lambda"}
+    others |= {"orth_penalty": "squared", "weights": "before"}
     others |= {"hysteresis": 0.5, "remember": True, "redraw": 0.3, "ranks_from": "fisher", "shuffled": True}
     value = others[name] if name in others else getattr(SETTINGS.recipe, name) * 2
     with pytest.raises(ValueError, match=rf"holds a run with recipe\.{name} = "):
