@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from .contrasts import Contrasts
+from .sections_masks import masks
 from .sections_ranks import rank_agreement, rank_stability
 from .sections_results import against_nulls, beside_published, checkpoints, pairwise, results
 from .sections_run import commands, costs, what_is_missing, what_was_run
@@ -21,7 +22,7 @@ def document(
     sweep: Sweep, contrasts: Contrasts, figures: dict[str, Sequence[tuple[str, str]]], remarks: Sequence[str]
 ) -> str:
     """The whole report. `figures` are (file name, what it shows) by the section that they close: results,
-    contrasts, curves, ranks or agreement.
+    contrasts, curves, churn, ranks or agreement.
     """
     sections = (
         ("What was run", what_was_run(sweep), ""),
@@ -32,6 +33,7 @@ def document(
         ("Scores against uniform, random and plain LoRA", against_nulls(sweep, contrasts), ""),
         ("Training", "Budget, development metric and importance scores by step." if figures["curves"]
          else "No run logged its steps.", "curves"),
+        ("Masks: churn, and what scores are made of", masks(sweep), "churn"),
         ("Where rank goes: stability over seeds", rank_stability(sweep), "ranks"),
         ("Where rank goes: agreement between arms", rank_agreement(sweep), "agreement"),
         ("Parameters and time", costs(sweep), ""),
