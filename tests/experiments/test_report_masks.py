@@ -65,8 +65,8 @@ def test_runs_that_have_not_logged_any(tmp_path):
 
 def test_the_picture(sweep):
     panels = churn_panels(sweep)
-    assert list(panels) == ["SST-2"] and list(panels["SST-2"]) == ["sensitivity", "random"]
-    curve = panels["SST-2"]["sensitivity"]
+    assert list(panels) == ["SST-2 accuracy"] and list(panels["SST-2 accuracy"]) == ["sensitivity", "random"]
+    curve = panels["SST-2 accuracy"]["sensitivity"]
     assert curve.steps.tolist() == [20, 30, 40] and curve.mean.tolist() == pytest.approx([12.5, 0, 25])
     figure = churn_figure(panels, styles={arm: {"color": "black"} for arm in RATES})
     axis = figure.axes[0]
