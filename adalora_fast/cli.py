@@ -129,6 +129,10 @@ class Sweep:
     """
     seeds: tuple[int, ...] = ()
     """In place of the recipe's."""
+    contrasts: tuple[str, ...] = ()
+    """In place of the recipe's: the pairs of arms that the report decides on, such as fisher:sensitivity
+    (default: every other arm against sensitivity). Declare few, and before there are results.
+    """
     set: tuple[str, ...] = ()
     """Settings to change for every task, for instance epochs=5 train_rows=1000."""
     tune: bool = False
@@ -152,6 +156,7 @@ class Sweep:
             tasks=self.tasks,
             arms=self.arms,
             seeds=self.seeds,
+            contrasts=self.contrasts,
             tune=self.tune,
             data_dir=_data_dir(self.data_dir),
             overrides=parse_overrides(self.set),

@@ -27,6 +27,7 @@ from adalora_fast.environment import environment, write_json, writing_to
 from .arms import parse_arm
 from .bottleneck import check_bottlenecks
 from .models import resolve_model
+from .plan_contrasts import Pair, added_contrasts, default_contrasts, parse_contrasts, read_contrasts
 from .progress import TrainingProgress
 from .recipes import GRID, model_of, read_recipe, recipe_of
 from .runs import (
@@ -43,9 +44,10 @@ from .single import start_run, whole_folder, whole_path
 from .tasks import get_task
 from .tuning import Tuning, diverged
 
+BASELINE = "sensitivity"
 MARGIN = 0.3  # points within which two arms count as equivalent
 WAIT_SECONDS = 5
-WORDS = ("name", "description", "primary")  # what decides no run
+WORDS = ("name", "description", "primary", "contrasts")  # what decides no run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,9 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a sweep runs. `overrides` go into the recipe of every task, `options` into the settings."""
+    """What a sweep runs. `overrides` go into the recipe of every task, `options` into the settings.
+    `contrasts` of None: none are declared, and the report compares every other arm with the baseline.
+    """
 
     name: str
     content: dict[str, Any]
@@ -83,6 +87,7 @@ class Plan:
     tasks: tuple[str, ...]
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
+    contrasts: tuple[Pair, ...] | None = None
     tuning: Tuning | None = None
     data_dir: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +145,8 @@ class Plan:
             "tasks": list(self.tasks),
             "arms": list(self.arms),
             "seeds": list(self.seeds),
-            "baseline": "sensitivity",
+            "baseline": BASELINE,
+            "contrasts": None if self.contrasts is None else [list(pair) for pair in self.contrasts],
             "equivalence_margin": MARGIN,
             "primary": {task: get_task(task).metrics[0] for task in self.tasks},
             "tuning": None if self.tuning is None else asdict(self.tuning),
@@ -157,15 +163,18 @@ def make_plan(
     tasks: Iterable[str] = (),
     arms: Iterable[str] = (),
     seeds: Iterable[int] = (),
+    contrasts: Iterable[str] = (),
     tune: bool = False,
     data_dir: Path | None = None,
     overrides: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Plan:
-    """The recipe's grid, with what is given in place of its own part.
+    """The recipe's grid, with what is given in place of its own part. Of the recipe's contrasts those of
+    planned arms; `contrasts` are pairs such as "fisher:lora".
 
     Raises:
-        ValueError: an unknown task, arm or setting, a grid without one of its parts, the same entry twice.
+        ValueError: an unknown task, arm or setting, a grid without one of its parts, the same entry twice, a
+            contrast of what is no planned arm.
     """
     content = read_recipe(recipe)
     grid = content.get("grid", {})
@@ -204,6 +213,7 @@ def make_plan(
         name=Path(recipe).stem,
         content=content,
         model=whole_path(model),
+        contrasts=parse_contrasts(contrasts, parts["arms"]) or _contrasts_of(grid, parts["arms"], recipe),
         tuning=Tuning.of(content.get("tuning")) if tune else None,
         data_dir=whole_folder(data_dir),
         overrides=overrides or {},
@@ -217,10 +227,23 @@ def make_plan(
     return plan
 
 
+def _contrasts_of(grid: dict[str, Any], arms: tuple[str, ...], recipe: str) -> tuple[Pair, ...] | None:
+    """Those of a recipe's grid whose arms are planned; None where that leaves none."""
+    if grid.get("contrasts") is None:
+        return None
+    known = [RunSettings(task="", model="", **parse_arm(arm)).arm for arm in grid.get("arms", ())]
+    try:
+        declared = read_contrasts(grid["contrasts"], [*known, *arms])
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe}: {error}") from None
+    return tuple(pair for pair in declared if set(pair) <= set(arms)) or None
+
+
 def write_plan(plan: Plan, output: Path) -> None:
-    """Write plan.json before anything runs. One that is there already may grow by tasks, arms and seeds,
-    which is noted with the date. The recipe may grow with it, by the settings of a new arm or task; what it
-    says of a run that was planned already may not change, nor may anything else.
+    """Write plan.json before anything runs. One that is there already may grow by tasks, arms, seeds and
+    contrasts, which is noted with the date; of contrasts also which of them had results. The recipe may grow
+    with it, by the settings of a new arm or task; what it says of a run that was planned already may not
+    change, nor may anything else.
     """
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -236,7 +259,8 @@ def _write_plan(described: dict[str, Any], output: Path) -> None:
     described = json.loads(json.dumps(described))
     try:
         before = read_json(path)
-        same = {name: before[name] for name in described}
+        same = {name: before[name] for name in described if name != "contrasts"}
+        declared = _declared(before)
         decided = _deciding(same, same)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no plan of a sweep; choose another --output") from None
@@ -244,12 +268,37 @@ def _write_plan(described: dict[str, Any], output: Path) -> None:
     if difference is not None:
         raise ValueError(f"{output} holds a sweep with {difference}; choose another --output")
     added = {name: [value for value in described[name] if value not in same[name]] for name in GRID}
-    if any(added.values()):
+    pairs = added_contrasts(declared, described["contrasts"] or ())
+    if any(added.values()) or pairs:
         grown = {name: same[name] + added[name] for name in GRID}
         note = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **added}
+        if pairs:
+            grown["contrasts"] = [list(pair) for pair in (*declared, *pairs)]
+            note |= {
+                "contrasts": pairs,
+                "seen": [pair for pair in pairs if _has_results(output, same, *pair)],
+            }
         grown |= {name: described[name] for name in ("description", "recipe", "tuning")}
         primary = same["primary"] | described["primary"]
         write_json(path, before | grown | {"primary": primary, "amended": [*before.get("amended", []), note]})
+
+
+def _declared(plan: dict[str, Any]) -> list[Pair]:
+    """The contrasts of a plan.json that is there: where it names none, every other arm against the baseline
+    (the first arm, where the baseline is not planned).
+    """
+    if plan.get("contrasts") is not None:
+        return [tuple(pair) for pair in read_contrasts(plan["contrasts"], plan["arms"])]
+    return list(default_contrasts(plan["arms"], plan["baseline"]))
+
+
+def _has_results(output: Path, plan: dict[str, Any], a: str, b: str) -> bool:
+    """Whether both arms have a complete run of one task and seed."""
+    return any(
+        all((output / task / f"{arm}-seed{seed}" / "result.json").is_file() for arm in (a, b))
+        for task in plan["tasks"]
+        for seed in plan["seeds"]
+    )
 
 
 def run_sweep(plan: Plan, output: Path, console: Console, *, ray: str | None = None) -> int:

@@ -88,18 +88,20 @@ def test_no_two_arms_look_the_same():
 
 
 def test_forest(sweep):
-    contrasts = compare_all(sweep, 100)
+    contrasts = compare_all(sweep)
     ((heading, rows),) = forest_panels(sweep, contrasts)
-    assert heading == "RTE accuracy" and [row[0] for row in rows] == ["movement", "uniform", "lora"]
-    figure = contrasts_figure([(heading, rows)], baseline="sensitivity", margin=0.3)
+    assert heading == "RTE accuracy" and [row[0] for row in rows] == [
+        f"{arm} − sensitivity" for arm in ("movement", "uniform", "lora")
+    ]
+    figure = contrasts_figure([(heading, rows)], margin=0.3)
     (axis,) = figure.axes
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["movement", "uniform", "lora"]
-    assert "difference from sensitivity, points" in figure.get_supxlabel()
+    assert [label.get_text() for label in axis.get_yticklabels()] == [name for name, _ in rows]
+    assert "difference, points (right: the first is better)" in figure.get_supxlabel()
     drawn = {
         tuple(line.get_xdata()): line.get_linewidth() for line in axis.lines if len(line.get_xdata()) == 2
     }
-    for arm, bar in rows:
-        found = contrasts.between("rte", arm, "sensitivity")
+    for name, bar in rows:
+        found = contrasts.between("rte", *name.split(" − "))
         bounds = found.estimate.bounds
         assert (bar.value, bar.verdict) == (found.estimate.value, found.verdict)
         assert (bar.low, bar.low90, bar.high90, bar.high) == (
@@ -110,8 +112,13 @@ def test_forest(sweep):
     assert (band.get_x(), band.get_x() + band.get_width()) == (-0.3, 0.3)
     least, most = axis.get_xlim()
     assert least < min(bar.low for _, bar in rows) and most > max(0.3, *(bar.high for _, bar in rows))
-    other = replace(sweep, plan=replace(sweep.plan, baseline="movement"))  # uniform predicts the same
-    assert dict(forest_panels(other, contrasts)[0][1])["uniform"].verdict == "equivalent within ±0.3"
+    declared = (("uniform", "movement"), ("movement", "sensitivity"))  # the first two predict the same
+    other = replace(sweep, plan=replace(sweep.plan, contrasts=declared))
+    ((_, rows),) = forest_panels(other, compare_all(other))
+    assert [name for name, _ in rows] == [
+        "uniform − movement", "movement − sensitivity", "uniform − sensitivity", "lora − sensitivity"
+    ]  # fmt: skip
+    assert rows[0][1].verdict == "equivalent within ±0.3" and rows[2][1].words == "exploratory"
 
 
 def bar(value, verdict):
@@ -127,32 +134,33 @@ def test_forest_shows_verdicts_and_names_gaps():
         ("b", bar(2.0, "not decided")),
         ("c", bar(0.0, "equivalent within ±0.6")),
         ("d", bar(-1.0, "differs, by less than 2")),
-        ("e", None),
+        ("e", bar(3.0, "exploratory, 95 % interval above 0")),
+        ("f", None),
     ]
-    figure = contrasts_figure([("t", rows)], baseline="z", margin=0.3)
+    figure = contrasts_figure([("t", rows)], margin=0.3)
     (axis,) = figure.axes
     looks = {
         line.get_xdata()[0]: (line.get_marker(), line.get_color())
         for line in axis.lines
         if len(line.get_xdata()) == 1
     }
-    assert len(set(looks.values())) == 4 and looks[1.0][1] == looks[-1.0][1] != looks[2.0][1]
+    assert len(set(looks.values())) == 5 and looks[1.0][1] == looks[-1.0][1] != looks[2.0][1]
     assert [text.get_text() for text in axis.texts] == ["incomplete"]
     (legend,) = figure.legends
     handles = {handle.get_label(): handle for handle in legend.legend_handles}
-    for _, own in rows[:4]:
-        handle = handles[own.verdict]
+    for _, own in rows[:5]:
+        handle = handles[own.words]
         assert (handle.get_marker(), handle.get_color()) == looks[own.value]
-    assert "95 % interval, not corrected (thick: 90 %)" in handles and len(handles) == 6
+    assert "95 % interval, not corrected (thick: 90 %)" in handles and len(handles) == 7
 
 
 def test_the_forests_caption_agrees_with_its_legend(sweep, tmp_path):
-    figures, _ = draw_figures(sweep, compare_all(sweep, 20), tmp_path)
+    figures, _ = draw_figures(sweep, compare_all(sweep), tmp_path)
     ((name, words),) = figures["contrasts"]
     assert name == "contrasts.png" and "95 % intervals (thick: 90 %), not corrected" in words
     assert "colours and markers are the verdicts" in words and "one seed" not in words
     alone = read_sweep(write_sweep(tmp_path / "one", RATES, tasks=["rte"], seeds=[0], rows=20))
-    ((_, words),) = draw_figures(alone, compare_all(alone, 20), tmp_path)[0]["contrasts"]
+    ((_, words),) = draw_figures(alone, compare_all(alone), tmp_path)[0]["contrasts"]
     assert "with one seed in common, the examples' chance alone" in words
 
 
@@ -190,7 +198,7 @@ def test_ranks_of_an_unknown_model_are_no_reason_to_fail(tmp_path):
     (place / "metrics.jsonl").unlink()
     (place / "allocation.jsonl").unlink()
     sweep = read_sweep(folder)
-    figures, remarks = draw_figures(sweep, compare_all(sweep, 10), tmp_path)
+    figures, remarks = draw_figures(sweep, compare_all(sweep), tmp_path)
     assert not any(figures.values())
     assert len(remarks) == 1 and remarks[0].startswith("RTE: no picture of the ranks (none of ")
 
@@ -212,7 +220,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     def draw(stem):
         with styled():
             rows = [("a", bar(1.0, "differs"))]
-            return save(contrasts_figure([("t", rows)], baseline="z", margin=0.3), tmp_path / stem)
+            return save(contrasts_figure([("t", rows)], margin=0.3), tmp_path / stem)
 
     first, second = draw("first"), draw("second")
     assert [path.suffix for path in first] == [".png", ".svg"]

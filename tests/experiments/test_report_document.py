@@ -11,13 +11,14 @@ from adalora_fast.experiments.report import write_report
 from adalora_fast.experiments.report.cells import averages
 from adalora_fast.experiments.report.contrasts import compare_all
 from adalora_fast.experiments.report.rank_maps import agreement, rank_maps, spearman
-from adalora_fast.experiments.report.sections_results import (
+from adalora_fast.experiments.report.sections_contrasts import (
     against_nulls,
-    beside_published,
     how_compared,
     pairwise,
-    results,
+    what_could_be_seen,
 )
+from adalora_fast.experiments.report.sections_results import beside_published, results
+from adalora_fast.experiments.report.sections_run import what_was_run
 from adalora_fast.experiments.report.sweep import read_sweep
 from adalora_fast.experiments.report.tables import (
     as_csv,
@@ -47,7 +48,7 @@ def reported(tmp_path_factory):
         write_run(folder, "cola", "head", seed, agreeing(RATES))
     write_json(folder / "mrpc" / "uniform-seed2.failed.json", {"error": "ValueError: diverged | at 0.001"})
     (folder / "cola" / ".lora-seed1.partial").mkdir()
-    files = write_report(folder, replicates=300)
+    files = write_report(folder)
     return folder, {path.name: path for path in files}
 
 
@@ -85,7 +86,7 @@ def test_files(reported):
 def test_the_same_files_give_the_same_bytes(reported):
     folder, files = reported
     before = {name: path.read_bytes() for name, path in files.items()}
-    again = write_report(folder, replicates=300)
+    again = write_report(folder)
     assert [path.name for path in again] == list(files)
     assert {path.name: path.read_bytes() for path in again} == before
 
@@ -121,7 +122,7 @@ def test_results(reported):
     )  # CoLA and the average
     assert "MRPC: sensitivity, and fisher." in text and "**" not in text  # equal arms: neither in bold
     folded = text.partition("<details>")[2].partition("</details>")[0]
-    assert "300 bootstrap replicates" in folded and "these intervals are too narrow" in folded
+    assert "with the same standard error as the contrasts below" in folded
     assert "a single seed" not in folded
     assert re.search(r"\| fisher \| (\d\d\.\d\d to \d\d\.\d\d \| ){2}– \|", folded)
     assert "average over the 3 tasks here (3 of GLUE's 8)" in head and "GLUE averages" not in text
@@ -130,7 +131,17 @@ def test_results(reported):
 def test_contrasts_and_nulls(reported):
     text = reported[1]["report.md"].read_text()
     contrasts = section(text, "Pairwise contrasts")
-    assert "300 replicates" in contrasts and "**2 seeds are few" in contrasts
+    assert "degrees of freedom" in contrasts and "**Two seeds have one degree of freedom" in contrasts
+    assert (
+        "The plan declares no contrasts of its own, so they are every other arm against sensitivity"
+        in contrasts
+    )
+    declared, _, others = contrasts.partition("<summary>12 exploratory pairs</summary>")
+    assert "| MRPC | head − lora | exploratory, 95 % interval below 0 | 3 |" in others
+    assert "exploratory," not in declared and "head − sensitivity | differs" in declared
+    seen = section(text, "What this sweep could have seen")
+    assert re.search(r"\| MRPC \| 400 \| 2, 3 \| \d.* to .* \|", seen) and "CoLA" not in seen
+    assert "Verdicts that changed" not in text
     assert re.search(
         r"\| MRPC \| fisher − sensitivity \| equivalent within ±0.3 \(90 %: 0.00 to 0.00\) \| 3 \| 0.00 \|",
         contrasts,
@@ -171,6 +182,9 @@ def test_csv_files(reported):
             assert float(row["low_95"]) < float(row["mean"]) < float(row["high_95"])
     contrasts = rows_of(files["contrasts.csv"])
     assert len(contrasts) == 20  # ten pairs on MRPC and on RTE; one arm on CoLA, so no average
+    assert sum(row["declared"] == "1" for row in contrasts) == 8
+    assert all((row["holm_p"] == "") == (row["declared"] == "0") for row in contrasts)
+    assert all(float(row["standard_error"]) >= 0 and row["examples"] in ("200", "400") for row in contrasts)
     assert all(float(row["low_95"]) <= float(row["low_90"]) <= float(row["high_90"]) for row in contrasts)
 
 
@@ -237,12 +251,12 @@ def test_a_clear_winner_is_bold_and_a_lone_arm_is_not(tmp_path):
     sweep = read_sweep(
         write_sweep(tmp_path / "a", {"sensitivity": 0.7, "fisher": 0.85}, tasks=["rte"], seeds=SEEDS)
     )
-    contrasts = compare_all(sweep, 200)
+    contrasts = compare_all(sweep)
     assert re.search(r"\| fisher \| \*\*8.+\*\* \|", results(sweep, contrasts))
     assert results(sweep, contrasts).count("**") == 2 and latex(sweep, contrasts).count("textbf") == 1
     alone = read_sweep(write_sweep(tmp_path / "b", {"fisher": 0.85}, tasks=["rte"], seeds=SEEDS))
-    assert "**" not in results(alone, compare_all(alone, 20))
-    assert "There is nothing to compare yet" in pairwise(alone, compare_all(alone, 20))
+    assert "**" not in results(alone, compare_all(alone))
+    assert "There is nothing to compare yet" in pairwise(alone, compare_all(alone))
 
 
 def test_an_arm_without_a_seed_is_not_the_best(tmp_path):
@@ -252,8 +266,57 @@ def test_an_arm_without_a_seed_is_not_the_best(tmp_path):
         for seed in SEEDS[: 2 if arm == "gsnr" else 3]:
             write_run(tmp_path, "rte", arm, seed, agreeing(rates), rows=100)
     sweep = read_sweep(tmp_path)
-    found = winners(sweep, compare_all(sweep, 100))["rte"]
+    found = winners(sweep, compare_all(sweep))["rte"]
     assert found == ["sensitivity", "fisher"]  # alike on these rows; gsnr, far ahead, lacks a seed
+
+
+def test_verdicts_beside_those_of_an_earlier_method(tmp_path):
+    rates = {"sensitivity": 0.7, "fisher": 0.85, "lora": 0.85}
+    folder = write_sweep(tmp_path / "a", rates, tasks=["rte"], seeds=SEEDS)
+    pairs = {("fisher", "sensitivity"): "not decided", ("lora", "sensitivity"): "differs",
+             ("lora", "fisher"): "differs", ("sensitivity", "gone"): "differs"}  # fmt: skip
+    entries = [
+        {"task": "rte", "a": a, "b": b, "holm_p": 0.2, "verdict": words} for (a, b), words in pairs.items()
+    ]
+    write_json(folder / "verdicts-before.json", {"method": "Another one.", "verdicts": entries})
+    text = section(write_report(folder)[0].read_text(), "Verdicts that changed")
+    assert "Before: Another one." in text
+    assert (
+        "| RTE | fisher − sensitivity | +14" in text
+        and "| not decided | 0.200 | differs | &lt; 0.001 |" in text
+    )
+    assert "| differs | 0.200 | exploratory | – | 1.000 |" in text and "lora − sensitivity" not in text
+    write_json(folder / "verdicts-before.json", {"method": "Another one.", "verdicts": entries[1:2]})
+    assert "No verdict changed." in write_report(folder)[0].read_text()
+    write_json(folder / "verdicts-before.json", {"verdicts": [{}]})
+    with pytest.raises(ValueError, match=r"verdicts-before\.json holds no method and verdicts of an earlier"):
+        write_report(folder)
+
+
+def test_contrasts_that_were_declared_late_are_marked(tmp_path):
+    rates = {"sensitivity": 0.7, "fisher": 0.85, "lora": 0.85}
+    pairs = [["fisher", "sensitivity"], ["lora", "fisher"], ["lora", "sensitivity"]]
+    note = {"at": "2026-05-06", "contrasts": pairs[1:], "seen": pairs[1:2]}
+    plan = {"contrasts": pairs, "amended": [note]}
+    sweep = read_sweep(write_sweep(tmp_path / "a", rates, tasks=["rte"], seeds=SEEDS, plan=plan))
+    text = pairwise(sweep, compare_all(sweep))
+    assert "Declared in the plan: fisher − sensitivity, lora − fisher, lora − sensitivity." in text
+    assert (
+        "Added on 2026-05-06, when runs of both arms were complete, so perhaps after a look at them (†): "
+        "lora − fisher. Added on 2026-05-06, before both arms had a complete run of one task and seed: "
+        "lora − sensitivity." in text
+    )
+    assert "| RTE | lora − fisher † |" in text and text.count("†") == 2
+    assert "contrasts lora − fisher, lora − sensitivity" in what_was_run(sweep)
+
+
+def test_a_development_set_that_is_too_small_is_named(tmp_path):
+    """The examples' own taste for one arm is all that there is: no number of seeds averages it away."""
+    rates = {"sensitivity": 0.7, "fisher": 0.85}
+    sweep = read_sweep(write_sweep(tmp_path, rates, tasks=["rte"], seeds=SEEDS, rows=100))
+    text = what_could_be_seen(sweep, compare_all(sweep))
+    assert "| none | none | none |" in text
+    assert "**Half a point cannot be decided on RTE (100 rows) for most declared contrasts" in text
 
 
 GLUE = ["mrpc", "sst2", "cola", "qqp", "qnli", "rte", "mnli", "stsb"]
@@ -283,10 +346,10 @@ def test_both_glue_averages_by_hand(tmp_path):
     text = beside_published(sweep)
     assert "do not measure the same thing" not in text and "average (nine columns)" in text
     assert f"{found.glue['nine']:.2f}" in text and "89.31" in text and "| Fisher | published |" in text
-    contrasts = compare_all(sweep, 10)
+    contrasts = compare_all(sweep)
     assert "One seed: the intervals" in how_compared(sweep, contrasts)
     assert "Of a single seed the interval holds the chance of the examples alone" in results(sweep, contrasts)
-    assert "too narrow" not in results(sweep, contrasts)
+    assert "nothing can be planned" in what_could_be_seen(sweep, contrasts)
     assert "no uniform, random or lora arm" in against_nulls(sweep, contrasts)
     rows = {(row["table"], row["method"], row["task"]): row for row in published_rows(sweep)}
     for table, name, average in (("study-glue", "nine", 87.84), ("adalora-glue", "eight", 88.86)):
@@ -317,10 +380,10 @@ def test_published_averages_stay_away_from_part_of_glue(reported):
 
 def test_no_published_numbers_without_an_arm_of_theirs(tmp_path):
     folder = write_sweep(tmp_path, {"lora": 0.8, "peft": 0.8}, tasks=["rte"], seeds=[0], rows=50)
-    files = {path.name: path for path in write_report(folder, replicates=10)}
+    files = {path.name: path for path in write_report(folder)}
     assert "published.csv" in files
     (folder / "rte" / "lora-seed0").rename(tmp_path / "away")
-    again = {path.name: path for path in write_report(folder, replicates=10)}
+    again = {path.name: path for path in write_report(folder)}
     assert "published.csv" not in again and not files["published.csv"].exists()
     assert again["table.tex"].read_text().count("\\midrule") == 1
 
@@ -353,7 +416,7 @@ def test_arms_may_adapt_different_matrices(tmp_path):
             saved = json.loads(path.read_text())
             ranks = {name: rank for name, rank in saved["ranks"].items() if "attention" in name}
             write_json(path, saved | {"ranks": dict(reversed(ranks.items())) if arm == "gsnr" else ranks})
-    text = write_report(tmp_path, replicates=50)[0].read_text()
+    text = write_report(tmp_path)[0].read_text()
     lines = [line for line in text.splitlines() if line.startswith("| MRPC | ")]
     assert all(any(f"| MRPC | {arm} | 2 |" in line for line in lines) for arm in rates)
     arms, table = agreement(read_sweep(tmp_path), "mrpc")
@@ -390,22 +453,22 @@ def test_a_task_that_was_not_learnt(tmp_path):
             result["splits"]["validation"]["label_counts"] = counts
             write_json(path, result)
     sweep = read_sweep(folder)
-    text = results(sweep, compare_all(sweep, 20))
+    text = results(sweep, compare_all(sweep))
     assert "The majority class alone gives MRPC 67.50, RTE 77.00, CoLA 0.00." in text
     assert "No arm is 5 points above it on RTE: near chance" in text
     assert "Collapsed" not in text
     path = folder / "mrpc" / "lora-seed0" / "result.json"
     write_json(path, json.loads(path.read_text()) | {"primary": 0.675})
     sweep = read_sweep(folder)
-    text = results(sweep, compare_all(sweep, 20))
+    text = results(sweep, compare_all(sweep))
     assert "Collapsed to it where other arms learnt the task: lora on MRPC (1 of 1 runs);" in text
     untold = read_sweep(write_sweep(tmp_path / "b", rates, tasks=["mrpc"], seeds=[0]))
-    assert "majority" not in results(untold, compare_all(untold, 20))
+    assert "majority" not in results(untold, compare_all(untold))
 
 
 def test_a_sweep_in_which_nothing_has_run(tmp_path):
     write_plan(tmp_path, tasks=["mrpc", "rte"], arms=["sensitivity", "lora"], seeds=[0, 1])
-    files = write_report(tmp_path, tmp_path / "elsewhere", replicates=10)
+    files = write_report(tmp_path, tmp_path / "elsewhere")
     text = files[0].read_text()
     assert "0 of 4 complete" not in text and "| runs | 0 of 8 complete |" in text
     assert "8 planned run(s) are missing" in text and {path.suffix for path in files} == {
@@ -422,16 +485,16 @@ def test_what_an_earlier_report_left_is_replaced_and_the_rest_stays(tmp_path):
     report.mkdir()
     for name in ("ranks-gone.png", "mine.png", "notes.txt", "report.md"):
         (report / name).write_text("x")
-    write_report(tmp_path, replicates=10)
+    write_report(tmp_path)
     assert (report / "ranks-gone.png").is_file()  # that report.md did not say that we had made it
-    write_report(tmp_path, replicates=10)
+    write_report(tmp_path)
     assert not (report / "ranks-gone.png").exists()
     assert (report / "mine.png").is_file() and (report / "notes.txt").is_file()
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     write_plan(tmp_path, tasks=["mrpc"], arms=["sensitivity"], seeds=[0])
-    (first, *_) = write_report(tmp_path, replicates=10)
+    (first, *_) = write_report(tmp_path)
     before = first.read_text()
 
     def broken(*arguments):
@@ -439,7 +502,7 @@ def test_a_report_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("adalora_fast.experiments.report.write.latex", broken)
     with pytest.raises(ValueError, match="no"):
-        write_report(tmp_path, replicates=10)
+        write_report(tmp_path)
     assert first.read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "report"]
 

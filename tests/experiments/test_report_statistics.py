@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t, ttest_1samp
+from scipy.stats import t, ttest_1samp
 
 from adalora_fast.experiments.report.published import (
     COLUMNS,
@@ -15,16 +15,13 @@ from adalora_fast.experiments.report.published import (
 from adalora_fast.experiments.report.rank_maps import chance_overlap, overlap, spearman, stability
 from adalora_fast.experiments.report.statistics import (
     Bounds,
-    Difference,
+    Estimate,
+    Spread,
+    estimate,
+    exploratory,
     holm,
     mean_std,
-    paired_replicates,
-    percentiles,
-    pooled_variance,
-    replicates_for,
-    seed_means,
-    seed_weights,
-    student,
+    spread,
     verdict,
 )
 
@@ -37,105 +34,104 @@ def test_mean_and_standard_deviation():
         mean_std([])
 
 
-def test_seed_weights_are_draws_with_replacement():
-    weights = seed_weights(3, 4000, np.random.default_rng(0))
-    assert weights.shape == (4000, 3) and np.allclose(weights.sum(axis=1), 1)
-    assert np.allclose(weights * 3, np.round(weights * 3))
-    assert np.allclose(weights.mean(axis=0), 1 / 3, atol=0.02)
-    assert (weights.max(axis=1) == 1).mean() == pytest.approx(1 / 9, abs=0.02)  # the same seed three times
-    assert (seed_weights(1, 5, np.random.default_rng(0)) == 1).all()
-    with pytest.raises(ValueError, match="0 seeds and 5 replicates"):
-        seed_weights(0, 5, np.random.default_rng(0))
+def literal_mean_squares(table):
+    """By loops: of rows, of columns, and of what their means leave."""
+    seeds, examples = table.shape
+    middle = sum(table[k, n] for k in range(seeds) for n in range(examples)) / table.size
+    rows = [sum(table[k]) / examples for k in range(seeds)]
+    columns = [sum(table[:, n]) / seeds for n in range(examples)]
+    rest = sum(
+        (table[k, n] - rows[k] - columns[n] + middle) ** 2 for k in range(seeds) for n in range(examples)
+    )
+    return (
+        examples * sum((row - middle) ** 2 for row in rows) / (seeds - 1),
+        seeds * sum((column - middle) ** 2 for column in columns) / (examples - 1),
+        rest / (seeds - 1) / (examples - 1),
+    )
 
 
-def test_paired_replicates_against_a_loop():
-    generator = np.random.default_rng(3)
-    a, b = generator.normal(size=(2, 4, 50))
-    weights = seed_weights(4, 50, generator)
-    drawn = paired_replicates(a, b, weights)
-    for r in range(50):
-        seeds = np.repeat(np.arange(4), np.round(4 * weights[r]).astype(int))
-        assert drawn[r] == pytest.approx(np.mean([a[k, r] - b[k, r] for k in seeds]), abs=2e-9)
-        assert seed_means(a, weights)[r] == pytest.approx(np.mean([a[k, r] for k in seeds]))
-    with pytest.raises(ValueError, match="do not belong together"):
-        paired_replicates(a, b[:2], weights)
+def test_mean_squares_standard_error_and_freedom_by_hand():
+    generator = np.random.default_rng(0)
+    chances = (generator.normal(size=shape) for shape in ((4, 1), (1, 7), (4, 7)))
+    table = 3 + sum(chances)
+    found, (rows, columns, rest) = spread(table), literal_mean_squares(table)
+    assert (found.of_seeds, found.of_examples, found.of_rest) == pytest.approx((rows, columns, rest))
+    assert rows > rest and columns > rest
+    square = (rows + columns - rest) / 28
+    assert found.square == pytest.approx(square)
+    dof = square**2 / ((rows / 28) ** 2 / 3 + (columns / 28) ** 2 / 6 + (rest / 28) ** 2 / 18)
+    assert found.freedom == pytest.approx(dof)
+    own = estimate(table)
+    assert own.value == pytest.approx(table.mean())
+    assert own.bounds.p == pytest.approx(2 * t.sf(table.mean() / square**0.5, dof))
+    for low, high, level in (
+        (own.bounds.low, own.bounds.high, 0.975),
+        (own.bounds.low90, own.bounds.high90, 0.95),
+    ):
+        half = t.ppf(level, dof) * square**0.5
+        assert (low, high) == pytest.approx((own.value - half, own.value + half))
+    many = spread(np.stack([table, 2 * table]))
+    assert many.square == pytest.approx([square, 4 * square]) and many.freedom == pytest.approx([dof, dof])
 
 
-def test_equal_runs_that_differ_in_the_last_bit_are_equal():
-    a = np.full((3, 100), 81.3)
-    drawn = paired_replicates(a, a * (1 + 1e-15), seed_weights(3, 100, np.random.default_rng(0)))
-    assert (drawn == 0).all() and percentiles(drawn).p == 1.0
+def test_the_variances_are_found_again():
+    """On average the mean squares give the variances that were put in, and SE² that of the tables' mean."""
+    generator = np.random.default_rng(1)
+    tables = 0.5 * generator.normal(size=(4000, 3, 1)) + 2 * generator.normal(size=(4000, 1, 20))
+    tables = tables + 3 * generator.normal(size=(4000, 3, 20))
+    found = spread(tables)
+    assert found.of_rest.mean() == pytest.approx(9, rel=0.03)
+    assert ((found.of_seeds - found.of_rest) / 20).mean() == pytest.approx(0.25, abs=0.03)
+    assert ((found.of_examples - found.of_rest) / 3).mean() == pytest.approx(4, rel=0.05)
+    variance = 0.25 / 3 + 4 / 20 + 9 / 60
+    assert tables.mean(axis=(1, 2)).var() == pytest.approx(variance, rel=0.06)
+    unbiased = (found.of_seeds + found.of_examples - found.of_rest) / 60
+    assert unbiased.mean() == pytest.approx(variance, rel=0.03)
+    assert (found.square >= unbiased).all() and found.square.mean() < 1.2 * variance
 
 
-def test_percentiles():
-    drawn = np.arange(-10.0, 190.0)  # 11 of 200 are <= 0
-    found = percentiles(drawn)
-    assert found.p == pytest.approx(2 * 12 / 201)
-    assert (found.low, found.high) == tuple(np.quantile(drawn, [0.025, 0.975]))
-    assert (found.low90, found.high90) == tuple(np.quantile(drawn, [0.05, 0.95]))
-    turned = percentiles(-drawn)
-    for name in ("low", "high", "low90", "high90", "p"):
-        assert getattr(-found, name) == pytest.approx(getattr(turned, name))
-    assert percentiles(np.ones(1999)).p == 2 / 2000  # never 0
-
-
-def test_student_against_scipy_and_by_hand():
+def test_without_a_chance_of_the_examples_it_is_students_t_of_the_seeds():
     seeds = np.array([0.3, 1.1, -0.2, 0.9])
-    theirs = ttest_1samp(seeds, 0)
-    found = student(seeds.mean(), 4, seeds.var(ddof=1), 0.0, 3)
-    assert found.p == pytest.approx(theirs.pvalue)
-    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
-    assert (found.low90, found.high90) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
-    # Satterthwaite: SE^2 = 3 / 3 + 1, dof = 2^2 * 2 / 1^2 = 8
-    assert student(2.0, 3, 3.0, 1.0, 2).p == pytest.approx(2 * t.sf(2 / 2**0.5, 8))
-    assert student(1.0, 3, 0.0, 0.25, 2).high == pytest.approx(1 + 0.5 * norm.ppf(0.975))  # examples only
-    assert student(0.0, 3, 0.0, 0.0, 2).p == 1 and student(0.1, 3, 0.0, 0.0, 2).p == 0
+    own, theirs = estimate(np.repeat(seeds[:, None], 50, axis=1)), ttest_1samp(seeds, 0)
+    assert own.bounds.p == pytest.approx(theirs.pvalue)
+    assert (own.bounds.low, own.bounds.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
-def test_pooled_variance_is_that_of_the_block_designs_residuals():
-    points = np.random.default_rng(1).normal(size=(4, 3))  # arms, seeds
-    pairs = {(str(a), str(b)): points[b] - points[a] for a, b in itertools.combinations(range(4), 2)}
-    residuals = points - points.mean(1, keepdims=True) - points.mean(0) + points.mean()
-    variance, dof = pooled_variance(pairs)
-    assert dof == 6 and variance == pytest.approx(2 * (residuals**2).sum() / 6)
-    one = {("a", "b"): np.array([1.0, 4.0])}
-    assert pooled_variance(one) == (4.5, 1)  # the pair's own
-    assert pooled_variance({("a", "b"): np.array([1.0])}) == (0.0, 0)
-    assert pooled_variance(one | {("a", "c"): np.array([2.0])}) == (4.5, 1)  # one seed says nothing
+def test_a_variance_below_zero_takes_nothing_away():
+    """Seeds that agree by chance more than they can, and examples that do: SE² is that of the other alone."""
+    alike = Spread(seeds=3, examples=10, of_seeds=0.1, of_examples=5.0, of_rest=2.0)
+    assert alike.square == 5.0 / 30 > (0.1 + 5.0 - 2.0) / 30
+    assert Spread(seeds=3, examples=10, of_seeds=5.0, of_examples=0.1, of_rest=2.0).square == 5.0 / 30
+    neither = Spread(seeds=3, examples=10, of_seeds=0.5, of_examples=1.5, of_rest=2.0)
+    assert neither.square == 1.5 / 30
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("examples", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize(
-    ("spread", "most"),
-    [((1, 1, 1, 1, 1, 1), 0.08), ((2, 1.5, 1, 1, 0.7, 0.4), 0.08), ((10, 1, 1, 1, 1, 1), 0.12)],
-)
-def test_equal_arms_are_rarely_said_to_differ(seeds, examples, spread, most):
-    """Six equal arms: Holm's p below 0.05 anywhere in at most about 5 % of families, also where the arms'
-    spreads differ fivefold; in 8 to 9 % with three seeds where one arm's is ten times the others'. `examples`
-    is their chance in units of that of the seeds' mean.
-    """
-    generator, families = np.random.default_rng(0), 400
-    wrong = alone = 0
-    for _ in range(families):
-        noise = generator.normal(size=(6, seeds)) * np.array(spread)[:, None] * (seeds / 2) ** 0.5
-        shared = generator.normal(size=(6, 1)) * examples / 2**0.5  # one development set for all seeds
-        points = noise + shared
-        pairs = {(str(a), str(b)): points[b] - points[a] for a, b in itertools.combinations(range(6), 2)}
-        pooled, dof = pooled_variance(pairs)
-        own = {pair: each.var(ddof=1) for pair, each in pairs.items()}
-        p = [
-            student(each.mean(), seeds, max(own[pair], pooled), examples**2, dof).p
-            for pair, each in pairs.items()
-        ]
-        wrong += min(holm(p)) < 0.05
-        p = [student(each.mean(), seeds, own[pair], examples**2, seeds - 1).p for pair, each in pairs.items()]
-        alone += min(holm(p)) < 0.05
-    assert wrong / families < most
-    if seeds == 3 and max(spread) == 10:
-        assert wrong / families > 0.05  # a known limit: the docs say so
-    if seeds == 3 and examples == 0.5:
-        assert alone / families > 0.12  # why the pair's own variance is not enough
+def test_one_seed_knows_of_the_examples_alone_and_two_of_little():
+    row = np.array([[1.0, 3.0, 2.0, 4.0, 0.0]])
+    own, theirs = estimate(row), ttest_1samp(row[0], 0)
+    assert own.bounds.p == pytest.approx(theirs.pvalue) and own.bounds.p < 0.05
+    assert not own.knows_training and not own.excludes_zero and not (-own).excludes_zero
+    assert verdict(own, 0.001, 0.3) == "not decided" and exploratory(own) == "exploratory"
+    two = estimate(np.concatenate([row, row + 0.1]))
+    assert two.spread.freedom == 1 and two.knows_training and two.bounds.p > 0.05
+
+
+def test_what_has_no_chance_at_all():
+    same = estimate(np.zeros((3, 10)))
+    assert same.bounds == Bounds(low=0, high=0, low90=0, high90=0, p=1)
+    assert estimate(np.full((3, 10), 0.5)).bounds.p == 0
+    assert estimate(np.full((3, 10), 1e-14)).bounds.p == 1  # equal runs that differ in the last bit
+    assert estimate(np.array([[1.0]])).value == 1 and estimate(np.array([[1.0], [2.0], [4.0]])).value == 7 / 3
+
+
+def test_a_difference_the_other_way_round():
+    table = np.random.default_rng(0).normal(1, 1, size=(3, 20))
+    own, other = estimate(table), estimate(-table)
+    for name in ("low", "high", "low90", "high90", "p"):
+        assert getattr((-own).bounds, name) == pytest.approx(getattr(other.bounds, name))
+    assert (-own).value == other.value and own.excludes_zero
+    assert exploratory(own) == "exploratory, 95 % interval above 0"
+    assert exploratory(-own) == "exploratory, 95 % interval below 0"
 
 
 def literal_holm(p):
@@ -161,23 +157,6 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
 
 
-def estimate(low90, high90):
-    bounds = Bounds(low=low90, high=high90, low90=low90, high90=high90, p=0.5)
-    return Difference(value=0, bootstrap=bounds, student=bounds)
-
-
-def test_a_difference_is_as_uncertain_as_the_more_careful_method_says():
-    a = Bounds(low=0.1, high=2.0, low90=0.3, high90=1.8, p=0.001)
-    b = Bounds(low=-0.2, high=1.5, low90=0.2, high90=1.4, p=0.07)
-    both = Difference(value=1.0, bootstrap=a, student=b)
-    assert both.bounds == Bounds(low=-0.2, high=2.0, low90=0.2, high90=1.8, p=0.07)
-    assert not both.excludes_zero and Difference(value=1.0, bootstrap=a, student=a).excludes_zero
-    assert (-both).bounds.low == -2.0 and (-both).student.high == 0.2
-    one_seed = Difference(value=1.0, bootstrap=a, student=None)
-    assert one_seed.bounds.p == 0.001 and not one_seed.excludes_zero and (-one_seed).student is None
-    assert verdict(one_seed, 0.001, 0.3) == "not decided"
-
-
 @pytest.mark.parametrize(
     ("low", "high", "p", "expected"),
     [
@@ -190,32 +169,9 @@ def test_a_difference_is_as_uncertain_as_the_more_careful_method_says():
     ],
 )
 def test_verdict(low, high, p, expected):
-    assert verdict(estimate(low, high), p, 0.3) == expected
-
-
-def test_holms_smallest_p_can_be_significant_whatever_the_number_of_arms():
-    for arms in (2, 8, 13, 30):
-        pairs = arms * (arms - 1) // 2
-        assert pairs * 2 / (replicates_for(pairs) + 1) < 0.05
-    assert replicates_for(1) == 10_000
-
-
-def test_the_interval_covers_a_known_difference():
-    """Two arms that differ by 1, with chance of the seeds and of the examples, both of which enter the
-    difference: about 95 % of the bootstrap's intervals hold the truth with many seeds, and of both with few.
-    """
-    for seeds, least in ((12, 0.88), (3, 0.91)):
-        generator, held = np.random.default_rng(0), 0
-        for _ in range(200):
-            replicates, seen = 400, generator.normal(0, 0.3)  # what this development set favours arm a by
-            effects = generator.normal(1.0 + seen, 1.0, size=(seeds, 1))
-            examples = generator.normal(0, 0.3, size=replicates)
-            a, b = effects + examples, np.zeros((seeds, replicates))
-            bounds = percentiles(paired_replicates(a, b, seed_weights(seeds, replicates, generator)))
-            own = student(effects.mean(), seeds, effects.var(ddof=1), (a - b).mean(0).var(ddof=1), seeds - 1)
-            found = Difference(value=effects.mean(), bootstrap=bounds, student=own if seeds == 3 else bounds)
-            held += found.bounds.low <= 1.0 <= found.bounds.high
-        assert least <= held / 200 <= 0.99
+    bounds = Bounds(low=low, high=high, low90=low, high90=high, p=0.5)
+    chance = Spread(seeds=3, examples=9, of_seeds=1, of_examples=1, of_rest=1)
+    assert verdict(Estimate(value=0, bounds=bounds, spread=chance), p, 0.3) == expected
 
 
 # --- rank maps

@@ -1,4 +1,4 @@
-"""Runs of translation beside each other: a paired bootstrap of BLEU, published numbers, maps of ranks."""
+"""Runs of translation beside each other: contrasts of BLEU, published numbers, maps of ranks."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ from adalora_fast.experiments.families import FAMILIES
 from adalora_fast.experiments.metrics.translation import bleu, bleu_statistics, chrf
 from adalora_fast.experiments.plots import rank_grid
 from adalora_fast.experiments.report.contrasts import compare_all
-from adalora_fast.experiments.report.replicates import task_replicates
+from adalora_fast.experiments.report.examples import task_examples
 from adalora_fast.experiments.report.sections_results import beside_published, results
 from adalora_fast.experiments.report.sweep import read_sweep
 from adalora_fast.experiments.translation import pair_hashes
@@ -48,20 +48,20 @@ def reversed_words(texts, seed):
     return [" ".join(text.split()[seed:][::-1]) for text in texts]
 
 
-def test_arms_are_compared_by_a_paired_bootstrap_of_bleu(tmp_path):
+def test_arms_are_compared_by_bleu(tmp_path):
     references = pairs(60)[1]
-    worse = [[*reversed_words(references[:40], seed), *references[40:]] for seed in (0, 1)]
-    better = [[*references[:seed], "supa", *references[seed + 1 :]] for seed in (0, 1)]
+    worse = [[*reversed_words(references[:40], seed), *references[40:]] for seed in (0, 1, 2)]
+    better = [[*references[:seed], "supa", *references[seed + 1 :]] for seed in (0, 1, 2)]
     arms = {"lora-r1": worse, "lora-r4": better}
     sweep = read_sweep(write_sweep(tmp_path / "sweep", references, arms))
-    measured = task_replicates(sweep, "wmt16_ro_en", 50)
-    assert measured.remarks == () and len(measured.values) == 4
-    assert all(values.shape == (50,) and np.ptp(values) > 0 for values in measured.values.values())
-    contrasts = compare_all(sweep, replicates=400)
+    measured = task_examples(sweep, "wmt16_ro_en")
+    assert measured.remarks == () and len(measured.values) == 6
+    assert all(values.shape == (60,) and np.ptp(values) > 0 for values in measured.values.values())
+    contrasts = compare_all(sweep)
     found = contrasts.between("wmt16_ro_en", "lora-r4", "lora-r1")
     expected = 100 * np.mean([bleu(a, references) - bleu(b, references) for a, b in zip(better, worse)])
     assert found.estimate.value == pytest.approx(expected)
-    assert 0 < found.estimate.bounds.low < expected < found.estimate.bounds.high and found.seeds == 2
+    assert 0 < found.estimate.bounds.low < expected < found.estimate.bounds.high and found.seeds == 3
     table = results(sweep, contrasts)
     assert "WMT16 En-Ro BLEU" in table and "WMT16 En-Ro chrF" in table
 
@@ -99,15 +99,15 @@ def test_runs_on_other_sentences_are_not_compared(tmp_path):
         arrays = {"validation/bleu_statistics": counts[: len(hashes)], "validation/pair_hashes": hashes}
         save_file(arrays, path)
         with pytest.raises(ValueError, match="were not evaluated on the same rows of validation; evaluate"):
-            task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
+            task_examples(read_sweep(folder), "wmt16_ro_en")
     hashes = pair_hashes(sources, references)
     arrays = {"validation/bleu_statistics": np.ones(12, dtype=np.int64), "validation/pair_hashes": hashes}
     save_file(arrays, path)
     with pytest.raises(ValueError, match=r"full-seed0/predictions\.safetensors.*\(12,\)"):
-        task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
+        task_examples(read_sweep(folder), "wmt16_ro_en")
     save_file({"validation/bleu_statistics": counts}, path)
     with pytest.raises(ValueError, match="has no labels and predictions of validation; delete"):
-        task_replicates(read_sweep(folder), "wmt16_ro_en", 10)
+        task_examples(read_sweep(folder), "wmt16_ro_en")
 
 
 def test_encoder_and_decoder_have_places_of_their_own_in_a_map():

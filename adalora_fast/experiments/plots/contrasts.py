@@ -1,4 +1,4 @@
-"""Forest plots: differences from the baseline, their intervals and verdicts, the margin of equivalence."""
+"""Forest plots: differences of arms, their intervals and verdicts, the margin of equivalence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ LOOKS = {  # colour and marker by how a verdict begins
     "differs": (PALETTE[1], "s"),
     "equivalent": (PALETTE[2], "^"),
     "not decided": (PALETTE[0], "o"),
+    "exploratory": ("#888888", "x"),
 }
 
 
@@ -29,19 +30,24 @@ class Bar:
     verdict: str
 
     @property
+    def words(self) -> str:
+        """In the legend: an exploratory interval shows by itself where it lies."""
+        return "exploratory" if self.verdict.startswith("exploratory") else self.verdict
+
+    @property
     def look(self) -> tuple[str, str]:
         """Colour and marker."""
         return next(look for words, look in LOOKS.items() if self.verdict.startswith(words))
 
 
 def contrasts_figure(
-    panels: Sequence[tuple[str, Sequence[tuple[str, Bar | None]]]], *, baseline: str, margin: float
+    panels: Sequence[tuple[str, Sequence[tuple[str, Bar | None]]]], *, margin: float
 ) -> "Figure":
-    """One panel per task: (heading, [(arm, its difference)]) in points; None: nothing to compare.
+    """One panel per task: (heading, [(pair of arms, its difference)]) in points; None: nothing to compare.
 
-    Colour and marker are the verdict's, which is corrected for the number of arms; the intervals are not, so
-    one that excludes 0 may be of two arms that are "not decided". The thick part is the 90 % interval, by
-    which arms count as equivalent.
+    Colour and marker are the verdict's, which is corrected for the number of declared contrasts; the
+    intervals are not, so one that excludes 0 may be of two arms that are "not decided", or of a pair that is
+    exploratory. The thick part is the 90 % interval, by which arms count as equivalent.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -50,7 +56,7 @@ def contrasts_figure(
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     arms = [arm for arm, *_ in panels[0][1]]
-    left = 0.07 * max(map(len, arms))
+    left = 0.065 * max(map(len, arms))
     size = (max(2.7 * columns + left + 0.3, 5.2), lines * (0.24 * len(arms) + 0.75) + 1.0)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
@@ -78,8 +84,8 @@ def contrasts_figure(
         axis.set_axisbelow(True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel(f"difference from {baseline}, points (right: better)", fontsize=9)
-    looks = {bar.verdict: bar.look for _, rows in panels for _, bar in rows if bar is not None}
+    figure.supxlabel("difference, points (right: the first is better)", fontsize=9)
+    looks = {bar.words: bar.look for _, rows in panels for _, bar in rows if bar is not None}
     figure.legend(
         handles=[
             *(

@@ -1,64 +1,45 @@
 """Every pair of arms compared, per task and for the average over tasks, and the interval of every arm."""
 
-import zlib
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from .replicates import task_replicates
-from .statistics import (
-    Difference,
-    holm,
-    paired_replicates,
-    percentiles,
-    pooled_variance,
-    replicates_for,
-    seed_means,
-    seed_weights,
-    student,
-    verdict,
-)
+from .examples import joined, task_examples
+from .statistics import Estimate, estimate, exploratory, holm, verdict
 from .sweep import Sweep
 
 AVERAGE = "average"  # stands for a task where the average over all tasks is meant
+Values = dict[tuple[str, int], np.ndarray]  # what every example contributes, by arm and seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """Arm a minus arm b in points over `seeds` paired seeds. `holm_p` is corrected for all pairs of the
-    same task (or of the average).
+    """Arm a minus arm b in points over `seeds` paired seeds. `holm_p` is corrected for the declared contrasts
+    of the same task (or of the average); None of one that the plan does not declare, which is exploratory.
     """
 
     task: str
     a: str
     b: str
     seeds: int
-    estimate: Difference
-    holm_p: float
+    estimate: Estimate
+    holm_p: float | None
     verdict: str
 
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What is known of one difference: d_k of every seed [K], replicates d* [B], and the variance of the
-    mean of d_k when only the examples are resampled.
-    """
-
-    seeds: np.ndarray
-    replicates: np.ndarray
-    examples: float
+    @property
+    def is_declared(self) -> bool:
+        return self.holm_p is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrasts:
     """All contrasts of a sweep, the 95 % interval (low, high) in points of every arm's own mean by (task,
-    arm), the number of replicates, and what had to be left out.
+    arm), and what had to be left out.
     """
 
     all: tuple[Contrast, ...]
     intervals: dict[tuple[str, str], tuple[float, float]]
-    replicates: int
     remarks: tuple[str, ...]
 
     def between(self, task: str, a: str, b: str) -> Contrast | None:
@@ -71,115 +52,85 @@ class Contrasts:
     def of(self, task: str) -> list[Contrast]:
         return [contrast for contrast in self.all if contrast.task == task]
 
+    def declared(self, task: str) -> list[Contrast]:
+        return [contrast for contrast in self.of(task) if contrast.is_declared]
 
-def compare_all(sweep: Sweep, replicates: int | None = None, seed: int = 0) -> Contrasts:
-    """Contrast every two arms of a sweep (see `statistics` for the methods).
 
-    Only seeds that both arms have enter. `replicates` of None takes as many as Holm's correction needs. An
-    arm's own interval is of the same replicates: percentiles of Σ_k w[b, k] S[k, b], where all its runs have
-    predictions.
+def compare_all(sweep: Sweep) -> Contrasts:
+    """Contrast every two arms of a sweep (see `statistics` for the method).
 
-    The average over tasks takes the arms that are complete everywhere. Its bootstrap draws seeds and examples
-    anew for every task, as if runs of one seed on two tasks had nothing in common; its t takes each seed's
-    average over the tasks, and supposes nothing.
+    Only seeds that both arms have enter. An arm's own interval is by the same method, of all its runs, where
+    all of them have predictions. The average over tasks takes the arms that are complete everywhere: seed k
+    is each seed's average over the tasks, which supposes nothing of what runs of one seed on two tasks have
+    in common, and the examples are those of all tasks.
     """
-    arms = sweep.plan.ordered_arms
-    if replicates is None:
-        replicates = replicates_for(len(arms) * (len(arms) - 1) // 2)
     found: list[Contrast] = []
     intervals: dict[tuple[str, str], tuple[float, float]] = {}
     remarks: list[str] = []
-    whole = set(sweep.whole_arms())
-    parts: dict[tuple[str, str], list[Measured]] = {
-        pair: [] for pair in combinations(arms, 2) if whole.issuperset(pair)
-    }
+    by_task: list[Values] = []
     for task in sweep.plan.tasks:
-        measured = task_replicates(sweep, task, replicates, seed)
+        measured = task_examples(sweep, task)
         remarks.extend(measured.remarks)
-        weights = {
-            count: seed_weights(
-                count, replicates, np.random.Generator(np.random.PCG64([seed, zlib.crc32(task.encode())]))
-            )
-            for count in range(1, len(sweep.plan.seeds) + 1)
-        }
-        for arm in arms:
-            own = [measured.values.get((arm, s)) for s in sweep.of(task, arm)]
+        by_task.append(measured.values)
+        for arm in sweep.plan.ordered_arms:
+            own = [measured.values.get((arm, seed)) for seed in sweep.of(task, arm)]
             if own and all(values is not None for values in own):
-                low, high = np.quantile(seed_means(np.stack(own), weights[len(own)]), [0.025, 0.975])
-                intervals[task, arm] = (float(low), float(high))
-        compared: dict[tuple[str, str], Measured] = {}
-        for earlier, later in combinations(arms, 2):
-            seeds = [s for s in sweep.plan.seeds if {(earlier, s), (later, s)} <= measured.values.keys()]
-            if seeds:
-                a, b = (np.stack([measured.values[arm, s] for s in seeds]) for arm in (later, earlier))
-                mine, theirs = ([sweep.runs[task, arm, s].points for s in seeds] for arm in (later, earlier))
-                compared[earlier, later] = Measured(
-                    seeds=np.subtract(mine, theirs),
-                    replicates=paired_replicates(a, b, weights[len(seeds)]),
-                    examples=float(np.var(np.round((a - b).mean(axis=0), 9), ddof=1)),
-                )
-        for pair in list(parts):
-            if pair not in compared or len(compared[pair].seeds) < len(sweep.plan.seeds):
-                del parts[pair]  # predictions are missing somewhere
-            else:
-                parts[pair].append(compared[pair])
-        found.extend(family(task, compared, sweep.plan.margin))
+                bounds = estimate(np.stack(own)).bounds
+                intervals[task, arm] = (bounds.low, bounds.high)
+        found.extend(compare(task, measured.values, sweep))
     if len(sweep.plan.tasks) > 1:
-        averaged = {pair: _average(measured) for pair, measured in parts.items()}
-        found.extend(family(AVERAGE, averaged, sweep.plan.margin))
-    return Contrasts(all=tuple(found), intervals=intervals, replicates=replicates, remarks=tuple(remarks))
+        found.extend(compare(AVERAGE, _average(by_task, sweep), sweep))
+    return Contrasts(all=tuple(found), intervals=intervals, remarks=tuple(remarks))
 
 
-def _average(measured: list[Measured]) -> Measured:
-    """Of the same arms and seeds over the tasks."""
-    return Measured(
-        seeds=np.mean([part.seeds for part in measured], axis=0),
-        replicates=np.round(np.mean([part.replicates for part in measured], axis=0), 9),
-        examples=sum(part.examples for part in measured) / len(measured) ** 2,
-    )
+def _average(by_task: list[Values], sweep: Sweep) -> Values:
+    """Of the arms whose every task and seed is complete and has predictions."""
+    averaged: Values = {}
+    for arm in sweep.whole_arms():
+        keys = [(arm, seed) for seed in sweep.plan.seeds]
+        if all(key in values for key in keys for values in by_task):
+            averaged |= {key: joined([values[key] for values in by_task]) for key in keys}
+    return averaged
 
 
-def family(task: str, compared: dict[tuple[str, str], Measured], margin: float) -> list[Contrast]:
-    """The contrasts of all pairs of one task, or of the average; Holm's correction is over them."""
-    pooled, dof = pooled_variance({pair: measured.seeds for pair, measured in compared.items()})
-    estimates = {}
-    for pair, measured in compared.items():
-        value = float(measured.seeds.mean())
-        own = float(np.var(measured.seeds, ddof=1)) if len(measured.seeds) > 1 else 0.0
-        same = not measured.seeds.any() and not measured.replicates.any()  # in every prediction
-        estimates[pair] = Difference(
-            value=value,
-            bootstrap=percentiles(measured.replicates),
-            student=student(
-                value, len(measured.seeds), 0.0 if same else max(own, pooled), measured.examples, dof
-            )
-            if len(measured.seeds) > 1
-            else None,
-        )
-    corrected = holm([estimate.bounds.p for estimate in estimates.values()])
+def compare(task: str, values: Values, sweep: Sweep) -> list[Contrast]:
+    """The contrasts of one task, or of the average: those that the plan declares, as it declares them, over
+    which Holm's correction is, and all other pairs.
+    """
+    plan = sweep.plan
+    declared = {frozenset(pair): pair for pair in plan.declared}
+    estimates: dict[tuple[str, str], Estimate] = {}
+    for earlier, later in combinations(plan.ordered_arms, 2):
+        a, b = declared.get(frozenset((earlier, later)), (later, earlier))
+        seeds = [seed for seed in plan.seeds if {(a, seed), (b, seed)} <= values.keys()]
+        if seeds:
+            estimates[a, b] = estimate(np.stack([values[a, s] - values[b, s] for s in seeds]))
+    family = [pair for pair in plan.declared if pair in estimates]
+    corrected = dict(zip(family, holm([estimates[pair].bounds.p for pair in family]), strict=True))
     return [
         Contrast(
             task=task,
-            a=later,
-            b=earlier,
-            seeds=len(compared[earlier, later].seeds),
-            estimate=estimate,
-            holm_p=p,
-            verdict=verdict(estimate, p, margin),
+            a=pair[0],
+            b=pair[1],
+            seeds=own.spread.seeds,
+            estimate=own,
+            holm_p=corrected.get(pair),
+            verdict=verdict(own, corrected[pair], plan.margin) if pair in corrected else exploratory(own),
         )
-        for ((earlier, later), estimate), p in zip(estimates.items(), corrected, strict=True)
+        for pair, own in sorted(estimates.items(), key=lambda each: each[0] not in corrected)
     ]
 
 
 def _turned(contrast: Contrast) -> Contrast:
+    turned = -contrast.estimate
     return Contrast(
         task=contrast.task,
         a=contrast.b,
         b=contrast.a,
         seeds=contrast.seeds,
-        estimate=-contrast.estimate,
+        estimate=turned,
         holm_p=contrast.holm_p,
-        verdict=contrast.verdict,
+        verdict=contrast.verdict if contrast.is_declared else exploratory(turned),
     )
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from .contrasts import Contrasts
+from .sections_contrasts import against_nulls, pairwise, verdicts_that_changed, what_could_be_seen
 from .sections_masks import masks
 from .sections_ranks import rank_agreement, rank_stability
-from .sections_results import against_nulls, beside_published, checkpoints, pairwise, results
+from .sections_results import beside_published, checkpoints, results
 from .sections_run import commands, costs, what_is_missing, what_was_run
 from .sweep import Sweep
 from .tables import escape_markdown
@@ -30,6 +31,8 @@ def document(
         ("Best development checkpoint", checkpoints(sweep), ""),
         ("Beside published numbers", beside_published(sweep), ""),
         ("Pairwise contrasts", pairwise(sweep, contrasts), "contrasts"),
+        ("What this sweep could have seen", what_could_be_seen(sweep, contrasts), ""),
+        ("Verdicts that changed", verdicts_that_changed(sweep, contrasts), ""),
         ("Scores against uniform, random and plain LoRA", against_nulls(sweep, contrasts), ""),
         ("Training", "Budget, development metric and importance scores by step." if figures["curves"]
          else "No run logged its steps.", "curves"),
@@ -42,6 +45,8 @@ def document(
     )  # fmt: skip
     parts = [MARK, f"# {escape_markdown(sweep.plan.name)}"]
     for title, text, figure in sections:
+        if not text:
+            continue
         parts += [f"## {title}", text]
         parts += [f"![{escape_markdown(words)}]({name})" for name, words in figures.get(figure, ())]
     return "\n\n".join(parts) + "\n"

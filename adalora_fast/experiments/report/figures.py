@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..plan_contrasts import added_contrasts, default_contrasts
 from ..plots.agreement import agreement_figure
 from ..plots.contrasts import Bar, contrasts_figure
 from ..plots.curves import curves_figure
@@ -41,12 +42,13 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
         panels = forest_panels(sweep, contrasts)
         if panels:
             words = (
-                f"Differences from {sweep.plan.baseline} in points with 95 % intervals (thick: 90 %), not "
-                "corrected for the number of arms; colours and markers are the verdicts, which are"
+                "Declared contrasts, and what is exploratory against "
+                f"{sweep.plan.ordered_arms[0]}, in points with 95 % intervals (thick: 90 %), not corrected "
+                "for their number; colours and markers are the verdicts, which are"
             )
             if any(contrast.seeds == 1 for contrast in contrasts.all):
                 words += "; with one seed in common, the examples' chance alone"
-            figure = contrasts_figure(panels, baseline=sweep.plan.baseline, margin=sweep.plan.margin)
+            figure = contrasts_figure(panels, margin=sweep.plan.margin)
             keep("contrasts", "contrasts", figure, words)
         for task in sweep.plan.tasks:
             curves = {
@@ -120,11 +122,13 @@ def mean_ranks(sweep: Sweep, task: str) -> list[tuple[str, dict[str, float]]]:
 
 
 def forest_panels(sweep: Sweep, contrasts: Contrasts) -> list[tuple[str, list[tuple[str, Bar | None]]]]:
-    """(task, [(arm, its difference from the baseline)]); None for an arm without a contrast."""
-    baseline, panels = sweep.plan.baseline, []
-    others = [arm for arm in sweep.plan.arms if arm != baseline]
-    for task in (*sweep.plan.tasks, AVERAGE):
-        rows = [(arm, _bar(contrasts.between(task, arm, baseline))) for arm in others]
+    """(task, [(pair of arms, its difference)]): the declared pairs, then every other arm against the
+    baseline; None for a pair that cannot be compared.
+    """
+    plan, panels = sweep.plan, []
+    pairs = [*plan.declared, *added_contrasts(plan.declared, default_contrasts(plan.arms, plan.baseline))]
+    for task in (*plan.tasks, AVERAGE):
+        rows = [(f"{a} − {b}", _bar(contrasts.between(task, a, b))) for a, b in pairs]
         if any(bar is not None for _, bar in rows):
             heading = "average over tasks" if task == AVERAGE else task_heading(sweep, task)
             panels.append((heading, rows))

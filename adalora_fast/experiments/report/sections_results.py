@@ -1,6 +1,5 @@
-"""The report's tables of results: end of training, best checkpoint, published numbers, contrasts."""
+"""The report's tables of results: end of training, best checkpoint, published numbers."""
 
-from collections import Counter
 from itertools import groupby
 
 from .beside import Beside, tables_beside
@@ -12,10 +11,9 @@ from .cells import (
     metric_names,
     primary_cell,
 )
-from .contrasts import AVERAGE, Contrast, Contrasts
+from .contrasts import AVERAGE, Contrasts
 from .published import CONVENTIONS
-from .statistics import DIFFERS
-from .sweep import NULLS, Run, Sweep
+from .sweep import Run, Sweep
 from .tables import (
     average_heading,
     markdown,
@@ -27,9 +25,7 @@ from .tables import (
     winners,
 )
 
-CLUSTERED = ("mnli", "qnli", "squad", "squad_v2")  # several examples about one premise or passage
 NEAR = 5  # points above the majority class within which a task counts as not learnt
-FOLDED = 12  # rows from which a table is folded away
 
 
 def results(sweep: Sweep, contrasts: Contrasts) -> str:
@@ -50,7 +46,7 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
     note = (
         f"At the end of training, in points: mean ± standard deviation (n − 1) over {len(sweep.plan.seeds)} "
         "seed(s). Bold: the 95 % interval of the lead over every other arm excludes 0 (not corrected for the "
-        "number of arms; the corrected comparisons are below)."
+        "number of arms, and no verdict: those are below)."
     )
     if several:
         note += " The average is over complete rows only, and no published average is comparable with it."
@@ -70,15 +66,9 @@ def intervals(sweep: Sweep, contrasts: Contrasts) -> str:
     table = markdown(["arm", *(task_heading(sweep, task) for task in sweep.plan.tasks)], rows)
     seeds = {len(sweep.of(task, arm)) for task, arm in contrasts.intervals}
     text = (
-        f"Percentiles of the same {contrasts.replicates:,} bootstrap replicates as the contrasts' below, of "
-        "each arm's mean: seeds drawn with replacement, and one resample of the development set that all "
-        "share. "
+        "By t with the same standard error as the contrasts below, of each arm's mean: seeds and the rows of "
+        "the development set have their chance. "
     )
-    if seeds != {1}:
-        text += (
-            "K seeds cannot be resampled to more than they are, so with few seeds these intervals are too "
-            "narrow. "
-        )
     if 1 in seeds:
         text += (
             "**Of a single seed the interval holds the chance of the examples alone, not that of the "
@@ -259,152 +249,3 @@ def _mean(cell: Cell | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def how_compared(sweep: Sweep, contrasts: Contrasts) -> str:
-    """The method of the contrasts in words, with the warnings that the numbers of seeds call for."""
-    seeds = min((contrast.seeds for contrast in contrasts.all), default=len(sweep.plan.seeds))
-    margin = sweep.plan.margin
-    pairs = len(sweep.plan.arms) * (len(sweep.plan.arms) - 1) // 2
-    text = (
-        "Differences are in points of the primary metric at the end of training. Seeds are paired: the same "
-        "initial head and order of the data; only seeds that both arms have enter. Intervals and p are the "
-        "wider and the larger of two methods. (1) A hierarchical paired bootstrap with "
-        f"{contrasts.replicates:,} replicates: each draws seeds with replacement, and one resample of the "
-        "development set that all arms and seeds of the replicate share (all runs are evaluated on the same "
-        "examples, so seeds and examples are crossed). (2) Student's t, because a few seeds cannot be "
-        "resampled to more than they are: the seeds' variance is the pair's own or that of all pairs pooled, "
-        "whichever is larger, and the examples' variance is the bootstrap's. contrasts.csv has both. For the "
-        "average over tasks the bootstrap draws each task on its own, and t takes each seed's average; it "
-        "speaks of these tasks, not of others. p is two-sided; Holm's correction is over the (up to) "
-        f"{pairs} pairs of a task, and over those of the average. Verdicts: *differs* where Holm's p < "
-        f"{DIFFERS:g}; *equivalent within ±{margin:g}* where the 90 % interval, which is then given, lies "
-        "inside (two one-sided tests at 5 %, not corrected for their number); otherwise *not decided*: too "
-        "few data, or too spread ones, to say either; not that the arms are alike."
-    )
-    if sweep.plan.tuning is None:
-        text += (
-            "\n\nLearning rates were not tuned per arm: all arms of a task have one setting, but for what "
-            "the recipe says of an arm itself (learning rate or scale). An arm that needs another rate loses "
-            "by that, and one that has a setting of its own may gain by it."
-        )
-    clustered = [task_name(task) for task in sweep.plan.tasks if task in CLUSTERED]
-    if clustered:
-        text += (
-            "\n\nExamples about one passage or premise are taken as independent, which they are not quite: "
-            f"intervals on {', '.join(clustered)} are somewhat too narrow."
-        )
-    if seeds == 1:
-        text += (
-            "\n\n**One seed: the intervals hold the chance of the examples only, not that of the training, "
-            "and nothing is decided.**"
-        )
-    elif seeds < 5:
-        text += (
-            f"\n\n**{seeds} seeds are few: the seeds' variance is known only as far as all arms have about "
-            "the same, and only large differences can be told from chance.**"
-        )
-    return text
-
-
-def pairwise(sweep: Sweep, contrasts: Contrasts) -> str:
-    """Everything against the baseline, then all pairs, folded where they are many."""
-    baseline = sweep.plan.baseline
-    tasks = [task for task in (*sweep.plan.tasks, AVERAGE) if contrasts.of(task)]
-    parts = [how_compared(sweep, contrasts)]
-    if not tasks:
-        parts.append("There is nothing to compare yet: no two arms have a complete run of the same seed.")
-        return "\n\n".join(parts)
-    if baseline in sweep.plan.arms:
-        against = [c for task in tasks for c in contrasts.of(task) if c.b == baseline]
-        parts += [f"Against {baseline}:", contrast_table(against), _count(against, baseline)]
-    everything = contrast_table([contrast for task in tasks for contrast in contrasts.of(task)])
-    if len(contrasts.all) >= FOLDED:
-        parts.append(
-            f"<details><summary>All {len(contrasts.all)} pairs</summary>\n\n{everything}\n\n</details>"
-        )
-    else:
-        parts += ["All pairs:", everything]
-    return "\n\n".join(filter(None, parts))
-
-
-def against_nulls(sweep: Sweep, contrasts: Contrasts) -> str:
-    """Every score minus what does not look at importance: uniform ranks, random triplets, plain LoRA."""
-    every = (*NULLS, "lora")
-    rivals = [arm for arm in every if arm in sweep.plan.arms]
-    if not rivals or not sweep.plan.scores:
-        return "The plan has no uniform, random or lora arm to set the scores against."
-    found, rows = [], []
-    for task in (*sweep.plan.tasks, AVERAGE):
-        for score in sweep.plan.scores:
-            own = [contrasts.between(task, score, rival) for rival in rivals]
-            if any(own):
-                rows.append((task_name(task), score, *("–" if c is None else _brief(c) for c in own)))
-                found += [contrast for contrast in own if contrast is not None]
-    if not found:
-        return "There is nothing to compare yet."
-    parts = [
-        "Score minus rival in points, its 95 % interval, and the verdict as above.",
-        markdown(("task", "score", *(f"− {rival}" for rival in rivals)), rows, left=2),
-    ]
-    parts += [_count([c for c in found if c.b == rival], rival) for rival in rivals]
-    absent = [arm for arm in every if arm not in rivals]
-    if absent:
-        parts.append(f"Not in the plan: {', '.join(absent)}.")
-    return "\n\n".join(parts)
-
-
-def _brief(contrast: Contrast) -> str:
-    e = contrast.estimate
-    return f"{signed(e.value)} ({signed(e.bounds.low)} to {signed(e.bounds.high)}): {_verdict(contrast)}"
-
-
-def _verdict(contrast: Contrast) -> str:
-    """With the 90 % interval where it says that two arms are alike."""
-    e = contrast.estimate
-    if contrast.verdict in ("differs", "not decided"):
-        return contrast.verdict
-    return f"{contrast.verdict} (90 %: {signed(e.bounds.low90)} to {signed(e.bounds.high90)})"
-
-
-def signed(value: float) -> str:
-    """Two decimals with a sign, and none for what rounds to zero."""
-    text = f"{value:+.2f}"
-    return "0.00" if float(text) == 0 else text
-
-
-def contrast_table(found: list[Contrast]) -> str:
-    rows = []
-    for contrast in found:
-        e = contrast.estimate
-        rows.append((
-            task_name(contrast.task), f"{contrast.a} − {contrast.b}", _verdict(contrast), contrast.seeds,
-            signed(e.value), f"{signed(e.bounds.low)} to {signed(e.bounds.high)}",
-            probability(e.bounds.p), probability(contrast.holm_p),
-        ))  # fmt: skip
-    head = ("task", "arms", "verdict", "seeds", "difference", "95 % interval", "p", "Holm's p")
-    return markdown(head, rows, left=3)
-
-
-def probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _count(found: list[Contrast], rival: str) -> str:
-    """How many of these differences went which way, in one sentence."""
-    if not found:
-        return f"Nothing is complete enough to be set against {rival}."
-    kinds = Counter(
-        ("better" if c.estimate.value > 0 else "worse")
-        if c.verdict.startswith("differs")
-        else c.verdict.split()[0]
-        for c in found
-    )
-    words = {
-        "better": f"better than {rival}",
-        "worse": f"worse than {rival}",
-        "equivalent": "equivalent within the margin",
-        "not": "not decided",
-    }
-    counted = ", ".join(f"{kinds[kind]} {text}" for kind, text in words.items() if kinds[kind])
-    return f"Of {len(found)} differences from {rival} (tasks and average): {counted}."

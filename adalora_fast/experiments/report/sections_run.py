@@ -53,12 +53,21 @@ def what_was_run(sweep: Sweep) -> str:
         parts.append(_tuning(sweep))
     parts += [
         f"The plan grew on {entry.get('at', 'an unknown date')} by "
-        + "; ".join(f"{name} {', '.join(map(str, entry[name]))}" for name in GRID if entry.get(name))
+        + "; ".join(
+            f"{name} {', '.join(map(_added, entry[name]))}"
+            for name in (*GRID, "contrasts")
+            if entry.get(name)
+        )
         + "."
         for entry in plan.amended
     ]
     parts.append(_beside_the_plan(sweep))
     return "\n\n".join(filter(None, parts))
+
+
+def _added(value: Any) -> str:
+    """A task, arm or seed; a contrast is a pair of arms."""
+    return " − ".join(value) if isinstance(value, list) else str(value)
 
 
 def changed_from_the_recipe(plan: Plan) -> dict[str, Any]:

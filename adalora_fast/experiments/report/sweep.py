@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..plan_contrasts import default_contrasts, read_contrasts
 from ..runs import NULLS, OTHER_METHODS, failure_of, read_object, working_of
 
 RESULT_KEYS = (
@@ -18,7 +19,9 @@ RESULT_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """plan.json: what was to be run. `margin` is in points; `amended` says what was added later, and when."""
+    """plan.json: what was to be run. `margin` is in points; `amended` says what was added later, and when.
+    `contrasts` of None: the plan declares none.
+    """
 
     name: str
     model: str
@@ -28,6 +31,7 @@ class Plan:
     description: str = ""
     baseline: str = "sensitivity"
     margin: float = 0.3
+    contrasts: tuple[tuple[str, str], ...] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
@@ -38,6 +42,20 @@ class Plan:
     def ordered_arms(self) -> tuple[str, ...]:
         """The baseline, where there is one, before the others."""
         return tuple(sorted(self.arms, key=lambda arm: arm != self.baseline))
+
+    @property
+    def declared(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of arms on which there are verdicts: those of the plan, or every other arm against the
+        baseline (the first arm, where the baseline is not planned).
+        """
+        if self.contrasts is not None:
+            return self.contrasts
+        return default_contrasts(self.arms, self.baseline)
+
+    @property
+    def seen_contrasts(self) -> tuple[tuple[str, str], ...]:
+        """Those that were declared when runs of both arms were complete."""
+        return tuple((a, b) for entry in self.amended for a, b in entry.get("seen") or ())
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -104,7 +122,9 @@ class Missing:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep folder, read: `unplanned` are complete runs that the plan does not name."""
+    """A sweep folder, read: `unplanned` are complete runs that the plan does not name, `before` the verdicts
+    of a method that reports had earlier.
+    """
 
     folder: Path
     plan: Plan
@@ -112,6 +132,7 @@ class Sweep:
     missing: tuple[Missing, ...]
     unplanned: tuple[str, ...]
     tuned: dict[str, Any] | None
+    before: dict[str, Any] | None = None
 
     def of(self, task: str, arm: str) -> dict[int, Run]:
         """The complete runs of one cell by seed, in the plan's order."""
@@ -166,7 +187,7 @@ def read_sweep(folder: Path) -> Sweep:
     tuned = read_object(folder / "tuned.json") if (folder / "tuned.json").is_file() else None
     return Sweep(
         folder=folder, plan=plan, runs=runs, missing=tuple(missing), tuned=tuned,
-        unplanned=_unplanned(folder, plan),
+        unplanned=_unplanned(folder, plan), before=_verdicts_before(folder / "verdicts-before.json"),
     )  # fmt: skip
 
 
@@ -229,6 +250,12 @@ def _read_plan(path: Path) -> Plan:
     margin = content.get("equivalence_margin", 0.3)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < 100:
         raise ValueError(f"{path}: equivalence_margin is {margin!r}; give points above 0, such as 0.3")
+    contrasts = content.get("contrasts")
+    if contrasts is not None:
+        try:
+            contrasts = read_contrasts(contrasts, content["arms"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return Plan(
         name=content["name"],
         model=content["model"],
@@ -236,6 +263,7 @@ def _read_plan(path: Path) -> Plan:
         description=content.get("description") or "",
         baseline=content.get("baseline") or "sensitivity",
         margin=float(margin),
+        contrasts=contrasts,
         recipe=content.get("recipe") or {},
         overrides=content.get("overrides") or {},
         tuning=content.get("tuning"),
@@ -265,6 +293,22 @@ def _read_run(place: Path, task: str, arm: str, seed: int) -> Run:
         settings=config.get("settings") or {},
         environment=config.get("environment") or {},
     )
+
+
+def _verdicts_before(path: Path) -> dict[str, Any] | None:
+    """{"method": words, "verdicts": [{"task", "a", "b", "holm_p", "verdict"}, ...]}; None without a file."""
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    kinds = {"task": str, "a": str, "b": str, "holm_p": int | float, "verdict": str}
+    entries = content.get("verdicts")
+    whole = isinstance(content.get("method"), str) and isinstance(entries, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(k), kind) for k, kind in kinds.items())
+        for entry in entries
+    )  # fmt: skip
+    if not whole:
+        raise ValueError(f"{path} holds no method and verdicts of an earlier report; restore or delete it")
+    return content
 
 
 def _why_missing(place: Path) -> tuple[str, str]:

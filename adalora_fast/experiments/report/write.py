@@ -15,16 +15,13 @@ NOT_ALWAYS = ("ranks-*.png", "ranks-*.svg", "curves-*.png", "curves-*.svg", "agr
               "agreement.svg", "contrasts.png", "contrasts.svg", "published.csv")  # fmt: skip
 
 
-def write_report(
-    sweep_folder: Path, output: Path | None = None, *, replicates: int | None = None
-) -> list[Path]:
+def write_report(sweep_folder: Path, output: Path | None = None) -> list[Path]:
     """Write report.md, results.csv, table.csv, contrasts.csv, table.tex and the figures of a sweep, and
     published.csv where there are published numbers to set beside it.
 
     A pure function of the files in `sweep_folder`: the same files give the same bytes. Missing, unfinished
     and failed runs are listed with their reason. `output` is OUT/report by default; what an earlier report
-    left there is replaced, anything else stays. `replicates` of the bootstrap are, by default, as many as the
-    correction for all pairs of arms needs (`statistics.replicates_for`).
+    left there is replaced, anything else stays.
 
     Returns:
         The files, report.md first.
@@ -37,7 +34,7 @@ def write_report(
     output = Path(output).expanduser() if output is not None else sweep.folder / "report"
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder for the report")
-    contrasts = compare_all(sweep, replicates)
+    contrasts = compare_all(sweep)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

@@ -1,7 +1,12 @@
-"""The metric of every run on bootstrap resamples of the examples, from predictions.safetensors."""
+"""What every example contributes to the metric of every run, from predictions.safetensors.
 
-import zlib
-from collections.abc import Iterator
+For a metric that is a mean over examples this is the example's own score. Any other is made linear by the
+jackknife (M. Quenouille, 1956; J. Tukey, 1958): with θ the metric of all N examples and θ_(n) that without
+example n, example n stands for θ + (N - 1) (mean of θ_(n) - θ_(n)). The mean of these is θ itself, and their
+variance over examples is the variance that the examples' chance gives to θ, as the bootstrap finds it
+(`tests/experiments/test_report_examples.py`); for a mean they are the scores.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,27 +14,26 @@ import numpy as np
 
 from .sweep import Run, Sweep
 
-BLOCK = 2**22  # counts that are in memory at once
 QUESTION_METRICS = ("exact_match", "f1")
+BLOCK = 2**22  # counts that are in memory at once
 AGREEMENT = 1e-3  # points by which predictions and result.json may differ: the predictions are float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskReplicates:
-    """`values`[arm, seed] is S [B]: the primary metric in points on each resample, the same for all runs.
-    `remarks` say what is left out, and why.
+class TaskExamples:
+    """`values`[arm, seed] is what each example [N] contributes to the primary metric, in points: their mean
+    is the metric. `remarks` say what is left out, and why.
     """
 
     values: dict[tuple[str, int], np.ndarray]
     remarks: tuple[str, ...]
 
 
-def task_replicates(sweep: Sweep, task: str, replicates: int, seed: int = 0) -> TaskReplicates:
-    """Evaluate every complete run of a task on `replicates` resamples of its evaluation splits.
+def task_examples(sweep: Sweep, task: str) -> TaskExamples:
+    """The examples of every complete run of a task.
 
-    The primary metric over several splits is the mean of theirs; every split is resampled on its own.
-    A run without predictions is left out with a remark. ValueError where a file is unreadable, or the labels
-    of two runs differ.
+    The primary metric over several splits is the mean of theirs (`joined`). A run without predictions is left
+    out with a remark. ValueError where a file is unreadable, or the labels of two runs differ.
     """
     with_predictions, remarks = [], []
     for run in sweep.task_runs(task):
@@ -38,32 +42,55 @@ def task_replicates(sweep: Sweep, task: str, replicates: int, seed: int = 0) -> 
         else:
             remarks.append(f"{task} {run.arm} seed {run.seed} has no predictions: it enters no contrast")
     if not with_predictions:
-        return TaskReplicates(values={}, remarks=tuple(remarks))
+        return TaskExamples(values={}, remarks=tuple(remarks))
     metric = sweep.primary_metric(task)
-    splits = list(with_predictions[0].result["metrics"])
-    total = {(run.arm, run.seed): np.zeros(replicates) for run in with_predictions}
-    whole = {key: 0.0 for key in total}
-    for split in splits:
+    splits: dict[tuple[str, int], list[np.ndarray]] = {(r.arm, r.seed): [] for r in with_predictions}
+    for split in with_predictions[0].result["metrics"]:
         examples = _examples(with_predictions, split, metric)
-        remarks += [
-            f"{task} {arm} seed {number} predicts the same for every example of {split}"
-            for (arm, number), predictions in examples.predictions.items()
-            if examples.labels is not None and np.ptp(predictions) == 0
-        ]
-        generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(f"{task}/{split}".encode())]))
-        for rows, counts in _blocks(examples.size, replicates, generator):
-            for key, values in examples.on(counts):
-                total[key][rows] += 100 * values / len(splits)
-        for key, value in examples.on(np.ones((1, examples.size), dtype=np.int64)):
-            whole[key] += 100 * float(value[0]) / len(splits)
+        for (arm, number), predictions in examples.predictions.items():
+            if examples.labels is not None and np.ptp(predictions) == 0:
+                remarks.append(f"{task} {arm} seed {number} predicts the same for every example of {split}")
+            splits[arm, number].append(100 * contributions(examples.metric, examples.labels, predictions))
+    values = {key: joined(parts) for key, parts in splits.items()}
     for run in with_predictions:
-        own = whole[run.arm, run.seed]
+        own = float(values[run.arm, run.seed].mean())
         if abs(own - run.points) > AGREEMENT:
             remarks.append(
                 f"{task} {run.arm} seed {run.seed}: its predictions give {own:.3f}, "
                 f"result.json says {run.points:.3f}"
             )
-    return TaskReplicates(values=total, remarks=tuple(remarks))
+    return TaskExamples(values=values, remarks=tuple(remarks))
+
+
+def contributions(metric: str, labels: np.ndarray | None, predictions: np.ndarray) -> np.ndarray:
+    """What each example [N] contributes to a metric of `metrics.bootstrap.statistic`, whose value is their
+    mean. One example has the whole metric.
+    """
+    from ..metrics.bootstrap import statistic
+
+    if metric == "mean":
+        return predictions.astype(np.float64)
+    if metric == "accuracy":
+        return (predictions == labels).astype(np.float64)
+    size, evaluate = len(predictions), statistic(metric)
+    whole = evaluate(labels, predictions, np.ones((1, size), dtype=np.int64))
+    if size == 1:
+        return whole
+    rows = max(1, BLOCK // size)
+    without = np.concatenate([
+        evaluate(labels, predictions, 1 - np.eye(min(rows, size - start), size, start, dtype=np.int64))
+        for start in range(0, size, rows)
+    ])  # fmt: skip
+    return whole + (size - 1) * (without.mean() - without)
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Of several sets of examples, splits or tasks, the examples of the mean of their metrics: as many as all
+    sets have, spread about that mean so that each set keeps its share of its variance.
+    """
+    size = sum(map(len, parts))
+    spreads = [(part - part.mean()) * (size / (len(parts) * len(part))) for part in parts]
+    return np.mean([part.mean() for part in parts]) + np.concatenate(spreads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +102,6 @@ class _Examples:
     metric: str
     labels: np.ndarray | None
     predictions: dict[tuple[str, int], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        return len(next(iter(self.predictions.values())))
-
-    def on(self, counts: np.ndarray) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
-        """Every run's metric [B] on the resamples counts [B, N]."""
-        if self.metric in ("mean", "accuracy"):  # one product for all runs
-            columns = np.stack(list(self.predictions.values()), axis=1)
-            scores = columns if self.labels is None else columns == self.labels[:, None]
-            values = counts.astype(np.float64) @ scores.astype(np.float64) / self.size
-            yield from zip(self.predictions, values.T)
-            return
-        from ..metrics.bootstrap import statistic
-
-        evaluate = statistic(self.metric)
-        for key, predictions in self.predictions.items():
-            yield key, evaluate(self.labels, predictions, counts)
 
 
 def _examples(runs: list[Run], split: str, metric: str) -> _Examples:
@@ -150,13 +159,3 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not readable safetensors ({reason}); run it again") from error
-
-
-def _blocks(size: int, replicates: int, generator: np.random.Generator) -> Iterator[tuple[slice, np.ndarray]]:
-    """Counts [b, N] of consecutive replicates, a block at a time."""
-    from ..metrics.bootstrap import draw_counts
-
-    rows = max(1, BLOCK // size)
-    for start in range(0, replicates, rows):
-        count = min(rows, replicates - start)
-        yield slice(start, start + count), draw_counts(size, count, generator)
