@@ -250,8 +250,10 @@ class Soup:
     """Run folders, two or more."""
     output: Path = Path("runs/soup")
     """A new or empty folder."""
-    recipe: Literal["greedy", "uniform"] = "greedy"
-    """Greedy: a run enters where that lowers the loss; uniform: the mean of all."""
+    recipe: Literal["greedy", "averaging", "uniform"] = "greedy"
+    """Greedy: a run enters, with the best of four weights, where that lowers the loss; averaging: the mean of
+    those that lowered its loss; uniform: the mean of all.
+    """
     save: Literal["lora", "full", "none"] = "lora"
     """A plain LoRA adapter, a whole model, or only soup.json."""
     rank: int | None = None

@@ -110,6 +110,7 @@ def soup_report(result: Result) -> str:
     candidates = [
         (f"best member ({names[best]})", result["members"][best]),
         ("greedy soup", result["greedy"]),
+        *([("averaging soup", result["averaging"])] if "averaging" in result else []),
         ("uniform soup", result["uniform"]),
         ("ensemble of logits", result["ensemble"]),
     ]
@@ -132,6 +133,11 @@ def soup_report(result: Result) -> str:
         ),
         "Metrics in points. The greedy soup's loss on the selection rows is never above its best member's, "
         "by its recipe; on the reported rows it may be. The ensemble computes all members for every row.",
+        "What a soup may be compared with: on the reported rows, the best member (one model as well, at the "
+        "same cost) and the ensemble (its rival, at the cost of all members). The selection rows have chosen "
+        "the soup and the best member, so what they say of either is too good. The published soup below is "
+        "of another model, chosen and reported on other rows: its gain over its own best member can be set "
+        "beside the gain here, its numbers cannot.",
         *(
             [markdown(["group", "runs", *head], _own_rows(result, head, values)), _own_words(result)]
             if head

@@ -5,7 +5,7 @@ mean squared error, or the mean of the cross-entropies of start and end. Those a
 so that no loss depends on the padding of a batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import DataCollatorWithPadding
 from adalora_fast.experiments.question_answering import QuestionAnswering
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.squad import QuestionSplit, load_questions
-from adalora_fast.experiments.tasks import Split, Task, get_task, load_split
+from adalora_fast.experiments.tasks import Split, Task, get_task, held_out_rows, load_split
 from adalora_fast.experiments.workloads import Classification, Workload
 
 PADDING = -100.0  # of logits, as in transformers' Trainer
@@ -59,15 +59,14 @@ def selection_and_report(
     """(rows to choose by, rows to report on), with no text on both sides.
 
     Args:
-        kind: halves (of the evaluation split), or held_out (the part of the training data that these runs
-            were not trained on, and the evaluation split).
+        kind: halves (of the evaluation split, with equally many rows of a class in both), or held_out (the
+            part of the training data that these runs were not trained on, and the evaluation split).
 
     Raises:
         ValueError: another kind, or held_out where the runs were trained on all of the training data.
     """
     if kind == "halves":
-        rest, half = read_rows(settings, split, data_dir).hold_out(0.5)
-        return half, rest
+        return halves(read_rows(settings, split, data_dir))
     if kind != "held_out":
         raise ValueError(f"unknown selection {kind!r}; choose halves or held_out")
     if not settings.held_out:
@@ -76,6 +75,29 @@ def selection_and_report(
         )
     held = read_rows(settings, "train", data_dir).hold_out(settings.held_out)[1]
     return held, read_rows(settings, split, data_dir)
+
+
+def halves(rows: Split | QuestionSplit) -> tuple[Split | QuestionSplit, Split | QuestionSplit]:
+    """Two parts of about the same size, always the same ones, no text in both; of a class (rows with one
+    text count as the first of them) each has a half. One class can be left with a single text, which is then
+    in the second part.
+    """
+    keys = rows.keys
+    labels = (
+        list(rows.labels) if isinstance(rows, Split) and isinstance(rows.labels[0], int) else [0] * len(rows)
+    )
+    class_of: dict[Hashable, int] = {}
+    for key, label in zip(keys, labels, strict=True):
+        class_of.setdefault(key, label)
+    chosen: set[int] = set()
+    for label in sorted(set(class_of.values())):
+        own = [row for row, key in enumerate(keys) if class_of[key] == label]
+        if len({keys[row] for row in own}) > 1:
+            chosen |= {own[row] for row in held_out_rows([keys[row] for row in own], 0.5)}
+    if not chosen:
+        raise ValueError("every class has one text only, which cannot be in both halves; give more rows")
+    rest = [row for row in range(len(rows)) if row not in chosen]
+    return rows.select(sorted(chosen)), rows.select(rest)
 
 
 class RowSet:

@@ -15,7 +15,7 @@ from .report import soup_report
 from .rows import Evaluation, RowSet, selection_and_report
 from .saved import SavedRun, names_of
 from .shared import SharedModel, check_precision
-from .soup import STEPS, ensemble_logits, greedy_soup, uniform_soup
+from .soup import STEPS, averaging_soup, ensemble_logits, greedy_soup, uniform_soup
 from .soup_files import check_free, save_full, save_lora
 
 
@@ -33,7 +33,7 @@ def make_soup(
     precision: str = "fp32",
     progress: AnalysisProgress | None = None,
 ) -> dict[str, Any]:
-    """A soup of runs, beside its best member, the uniform soup and the ensemble of logits.
+    """A soup of runs, beside its best member, the other soups and the ensemble of logits.
 
     Writes soup.json and soup.md, and into `model/` the soup itself. soup.json is there before the soup is
     saved, with `finished` of false, and is written again at the end.
@@ -41,7 +41,7 @@ def make_soup(
     Args:
         folders: of finished runs of one task and base model; their ranks and methods may differ.
         output: a new or empty folder, or one with an unfinished soup, which is begun anew.
-        recipe: which soup is saved, greedy or uniform.
+        recipe: which soup is saved, greedy, averaging or uniform.
         save: lora (a plain LoRA adapter), full (merged into the base), or none.
         rank: the largest rank of the LoRA; None keeps it exact, with the members' ranks added up.
         selection: rows to choose by, see `rows.selection_and_report`.
@@ -51,7 +51,7 @@ def make_soup(
         ValueError, FileNotFoundError: see `analyze_cka`; a fully trained run in a LoRA; a folder in the way.
     """
     for name, value, allowed in (
-        ("soup", recipe, ("greedy", "uniform")),
+        ("soup", recipe, ("greedy", "averaging", "uniform")),
         ("form", save, ("lora", "full", "none")),
     ):
         if value not in allowed:
@@ -90,14 +90,15 @@ def make_soup(
                     collected.append(data.logits(mixed, part))
             members.append({part: asdict(data.judge(each[-1], part, name)) for part, each in outputs.items()})
             advance()
-    with progress.steps("soup", (STEPS - 1) * (len(runs) - 1)) as advance:
+    with progress.steps("soup", STEPS * (len(runs) - 1)) as advance:
 
         def tried(weights: list[float]) -> float:
             loss = judged(weights, "selection").loss
             advance()
             return loss
 
-        greedy = greedy_soup([member["selection"]["loss"] for member in members], tried)
+        losses = [member["selection"]["loss"] for member in members]
+        greedy, averaging = greedy_soup(losses, tried), averaging_soup(losses, tried)
     uniform = uniform_soup(len(runs))
     result = {
         **header(runs, settings, precision),
@@ -109,6 +110,10 @@ def make_soup(
         "greedy": {
             **asdict(greedy),
             **{part: asdict(judged(greedy.weights, part)) for part in outputs},
+        },
+        "averaging": {
+            **asdict(averaging),
+            **{part: asdict(judged(averaging.weights, part)) for part in outputs},
         },
         "uniform": {"weights": uniform, **{part: asdict(judged(uniform, part)) for part in outputs}},
         "ensemble": {
@@ -122,7 +127,7 @@ def make_soup(
     if (output / "model").exists():  # a part of the unfinished one
         shutil.rmtree(output / "model")
     if save != "none":
-        weights = greedy.weights if recipe == "greedy" else uniform
+        weights = {"greedy": greedy.weights, "averaging": averaging.weights, "uniform": uniform}[recipe]
         result["saved"] = {"soup": recipe, "form": save}
         if save == "lora":
             saved = save_lora(shared, changes, weights, settings, output / "model", rank=rank)

@@ -11,12 +11,13 @@ from transformers import AutoModelForSequenceClassification
 
 from adalora_fast.analysis import soup_files
 from adalora_fast.analysis.changes import mixture
-from adalora_fast.analysis.rows import RowSet, read_rows, selection_and_report
+from adalora_fast.analysis.rows import RowSet, halves, read_rows, selection_and_report
 from adalora_fast.analysis.saved import open_run, open_runs
 from adalora_fast.analysis.shared import SharedModel
-from adalora_fast.analysis.soup import ensemble_logits, greedy_soup, uniform_soup
+from adalora_fast.analysis.soup import averaging_soup, ensemble_logits, greedy_soup, uniform_soup
 from adalora_fast.analysis.soup_files import save_lora
 from adalora_fast.analysis.soups import make_soup
+from adalora_fast.experiments.tasks import Split
 from adalora_fast.integrations.files import CONFIG, WEIGHTS
 from tests.experiments.training import read
 
@@ -42,6 +43,47 @@ def test_the_recipe_on_points_of_a_plane(seed, count):
     assert soup.members[0] == order[0]
     assert [trial.run for trial in soup.trials] == order[1:]
     assert {trial.run for trial in soup.trials if trial.taken} == set(soup.members[1:])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 7))
+def test_the_averaging_soup_on_points_of_a_plane(seed, count):
+    points = np.random.default_rng(seed).normal(size=(count, 2))
+
+    def loss(point):
+        return float(np.sum(np.square(point)) + np.sin(5 * point[0]))
+
+    losses = [loss(point) for point in points]
+    soup = averaging_soup(losses, lambda weights: loss(np.array(weights) @ points))
+    order = sorted(range(count), key=losses.__getitem__)
+    members = [order[0]]
+    for run in order[1:]:
+        if loss(points[[*members, run]].mean(0)) < loss(points[members].mean(0)):
+            members.append(run)
+    np.testing.assert_allclose(np.array(soup.weights) @ points, points[members].mean(0), atol=1e-12)
+    assert soup.members == members and soup.loss <= min(losses)
+    assert all(trial.alpha is None and len(trial.losses) == 1 for trial in soup.trials)
+
+
+def split_of(texts, labels):
+    return Split(texts=(list(texts),), labels=list(labels), source="x", sample=False)
+
+
+def test_halves_have_equally_many_rows_of_a_class():
+    rows = split_of([f"text {i}" for i in range(60)], [int(i % 10 == 0) for i in range(60)])  # 6 of class 1
+    first, second = halves(rows)
+    assert (len(first), sum(first.labels), len(second), sum(second.labels)) == (30, 3, 30, 3)
+    assert halves(rows)[0].texts == first.texts, "not always the same rows"
+    assert rows.hold_out(0.5)[1].texts != first.texts or sum(rows.hold_out(0.5)[1].labels) == 3
+
+
+def test_halves_share_no_text_whatever_its_labels():
+    texts = [f"text {i // 2}" for i in range(40)]
+    first, second = halves(split_of(texts, [i % 2 for i in range(40)]))
+    assert not set(first.texts[0]) & set(second.texts[0]) and len(first) + len(second) == 40
+    regression = halves(split_of([f"{i}" for i in range(10)], [i / 10 for i in range(10)]))
+    assert [len(half) for half in regression] == [5, 5]
+    with pytest.raises(ValueError, match="every class has one text only"):
+        halves(split_of(["a", "b"], [0, 1]))
 
 
 def test_ties_and_refusals():
@@ -84,6 +126,9 @@ def test_a_soup(runs, tmp_path):
     assert greedy["selection"]["loss"] == greedy["loss"] <= best["selection"]["loss"]
     assert best["selection"]["loss"] == min(each["selection"]["loss"] for each in result["members"])
     assert result["uniform"]["weights"] == [0.2] * 5
+    averaging = result["averaging"]
+    assert averaging["selection"]["loss"] == averaging["loss"] <= best["selection"]["loss"]
+    assert "| averaging soup |" in (tmp_path / "soup" / "soup.md").read_text()
     assert set(result["ensemble"]) == {"selection", "report"}
     assert result["rows"]["selection"]["rows"] + result["rows"]["report"]["rows"] == 24
     assert result["saved"]["form"] == "lora" and result["saved"]["error"] == 0

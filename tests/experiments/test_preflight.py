@@ -4,10 +4,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from adalora_fast.experiments import preflight
-from adalora_fast.experiments.runs import METHODS
-from adalora_fast.experiments.tasks import get_task
+from adalora_fast.experiments.preflight import count_trained
+from adalora_fast.experiments.recipes import load_recipe
+from adalora_fast.experiments.runs import METHODS, RunSettings
+from adalora_fast.experiments.tasks import TASKS, get_task
 from tests.experiments.planning import DEFAULTS, GRID, carry_out
 from tests.experiments.tiny import RECIPE, changed_encoder, write_parquet, write_sst2
 from tests.experiments.training import settings
@@ -144,3 +147,27 @@ def test_a_sweep_that_is_in_order_goes_on(plan, tmp_path, pretend):
     failed, said = carry_out(plan(), tmp_path / "out")
     assert failed == 0 and len(pretend.ran) == len(GRID["arms"]) * len(GRID["seeds"])
     assert said.splitlines()[0] == "checking the model, the data and the arms"
+
+
+@pytest.mark.parametrize(("rank", "share"), [(1, 0.024), (4, 0.097), (16, 0.386), (64, 1.545), (256, 6.180)])
+def test_the_uniformity_studys_shares_of_parameters(rank, share):
+    """Published in per cent for mBART-large-CC25; query and value of all 36 attention modules have them."""
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    with torch.device("meta"):
+        model = MBartForConditionalGeneration(
+            MBartConfig(
+                vocab_size=250027,
+                d_model=1024,
+                encoder_layers=12,
+                decoder_layers=12,
+                encoder_attention_heads=16,
+                decoder_attention_heads=16,
+                encoder_ffn_dim=4096,
+                decoder_ffn_dim=4096,
+            )
+        )
+    base = sum(parameter.numel() for parameter in model.parameters())
+    recipe = load_recipe("thesis-enro", "wmt16_ro_en", f"lora-r{rank}")
+    run = RunSettings(task="wmt16_ro_en", model="mbart", method="lora", recipe=recipe)
+    assert round(100 * count_trained(model, run, TASKS["wmt16_ro_en"]) / base, 3) == share
