@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adalora_fast.nn import Factors
 from adalora_fast.scores import Score
+from adalora_fast.stability import MaskChange
 
 
 class AllocatedLayers:
@@ -20,7 +21,9 @@ class AllocatedLayers:
     score: Score
     _layers: dict[str, Callable[[], Factors | None]]
     _mask: Tensor  # bool [T]
+    _mask_before: Tensor | None  # the one before
     _scores: Tensor | None  # [T], those that the mask was made of
+    _terms: dict[str, Tensor] | None  # by kind [T]
     _said_nan: bool
 
     def total_rank(self) -> int:
@@ -70,6 +73,25 @@ class AllocatedLayers:
         layer; None before the first.
         """
         return None if self._scores is None else self._scores.detach().clone()
+
+    def score_terms(self) -> dict[str, Tensor] | None:
+        """What S was made of at the last mask: s(λ) as ``lora_E``, mean_j s(Q_j) as ``lora_A`` and
+        mean_j s(P_j) as ``lora_B``, each [T], their sum being :meth:`scores`; None before the first mask, and
+        unless ``keep_terms`` was set (it costs another pass over the statistics at every mask).
+        """
+        return None if self._terms is None else {kind: term.clone() for kind, term in self._terms.items()}
+
+    @property
+    def last_mask_change(self) -> MaskChange | None:
+        """What the last mask changed; None before the first, and after a state was loaded. Waits for the
+        device.
+        """
+        if self._mask_before is None:
+            return None
+        before, after = self._mask_before, self._mask
+        counts = torch.stack([after.sum(), (after & ~before).sum(), (before & ~after).sum()])
+        kept, revived, dropped = counts.tolist()
+        return MaskChange(kept=kept, revived=revived, dropped=dropped)
 
 
 def _warn_of_nan(scores: Tensor, pattern: dict[str, list[bool]], name: str) -> bool:

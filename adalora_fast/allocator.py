@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from adalora_fast.allocated_layers import AllocatedLayers
 from adalora_fast.allocator_state import AllocatorState, load_state, save_state
 from adalora_fast.attachment import Attachment
-from adalora_fast.copies import follow, mask_optimizers_
-from adalora_fast.distributed import Processes, allocate_, apply_mask_, whole
+from adalora_fast.copies import add_to_optimizers_, follow, mask_optimizers_
+from adalora_fast.distributed import Processes, add_, allocate_, apply_mask_, whole
 from adalora_fast.gradients import Gradients, versions
 from adalora_fast.guard import UntrainedLayers
 from adalora_fast.nn import Factors, adapted_layers, nothing_adapted
 from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.regulariser import Regulariser
 from adalora_fast.schedule import BudgetSchedule, Position
-from adalora_fast.scores import get_score, resolve_smoothing
+from adalora_fast.scores import Score, get_score, resolve_smoothing
+from adalora_fast.stability import check_stability, defended, exchange
 from adalora_fast.statistics import Statistics
 from adalora_fast.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("total", "task")
+WEIGHTS = ("after", "before")
 
 
 class RankAllocator(AllocatedLayers):
@@ -41,12 +43,23 @@ class RankAllocator(AllocatedLayers):
             allocator becomes its attribute ``rankallocator``.
         target_r: mean rank of a layer at the end.
         tinit, tfinal, deltaT, total_step: the schedule, in optimizer steps.
-        score: ``sensitivity``, ``movement``, ``fisher``, ``gsnr``, ``magnitude`` or a registered name.
+        score: ``sensitivity``, ``movement``, ``fisher``, ``gsnr``, ``magnitude``, a registered name or a
+            :class:`adalora_fast.scores.Score`.
         smoothing: ``ema_uncertainty``, ``ema``, ``sum``, ``none``; None takes the score's default.
         beta1, beta2: decay of Ī (and gsnr's moments) and of Ū, in (0, 1).
         target_total_rank: the final budget in triplets, instead of ``target_r`` times the number of layers.
         score_gradient: ``"total"`` scores the full gradient, ``"task"`` without the orthogonality term's
             part.
+        weights: the w of the scores, ``"after"`` the optimizer's step as in the public code, or ``"before"``
+            it as in the paper's Algorithm 1, at which the gradient was taken. That needs :meth:`attach`, and
+            one more copy of the factors.
+        triplet: ``"full"`` is eq. 7; ``"lambda"`` scores λ's own entry alone, S = s(λ), which needs one entry
+            in 1 + d1 + d2 (of P and Q nothing is read but whether they have gradients, so that a gradient
+            of theirs which is not finite no longer stops the update).
+        hysteresis: a pruned triplet returns only if it beats a kept one by so many interquartile ranges of
+            the scores (:mod:`adalora_fast.stability`); 0 is AdaLoRA's and PEFT's.
+        remember: a triplet that returns goes on from the λ that it was pruned with
+            (:mod:`adalora_fast.stability`); False is AdaLoRA's and PEFT's.
         layers: name → function returning the layer's :class:`Factors`; None collects them from ``model``.
         finished: the layers were cut down to their final ranks already; nothing is left to prune.
         capturable: :meth:`step` may be captured in a CUDA graph: it takes the same path every time, counts
@@ -73,12 +86,16 @@ class RankAllocator(AllocatedLayers):
         tinit: int = 0,
         tfinal: int = 0,
         deltaT: int = 1,
-        score: str = "sensitivity",
+        score: str | Score = "sensitivity",
         smoothing: str | None = None,
         beta1: float = 0.85,
         beta2: float = 0.85,
         target_total_rank: int | None = None,
         score_gradient: str = "total",
+        weights: str = "after",
+        triplet: str = "full",
+        hysteresis: float = 0.0,
+        remember: bool = False,
         layers: Mapping[str, Callable[[], Factors | None]] | None = None,
         finished: bool = False,
         capturable: bool = False,  # for __new__
@@ -92,8 +109,13 @@ class RankAllocator(AllocatedLayers):
             raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
         self.score = get_score(score)
         self.smoothing = resolve_smoothing(self.score, smoothing)
+        check_weights(weights)
+        check_stability(hysteresis, remember)
         self.beta1, self.beta2, self.score_gradient = beta1, beta2, score_gradient
-        self._statistics = Statistics(self.score, self.smoothing, beta1, beta2)
+        self.weights, self.triplet = weights, triplet
+        self.hysteresis, self.remember = hysteresis, remember
+        self.keep_terms = False  # whether masks keep what S is made of, see score_terms()
+        self._statistics = Statistics(self.score, self.smoothing, beta1, beta2, triplet)
         if target_total_rank is None:
             target_total_rank = target_r * len(self._layers)
         self._wanted = target_total_rank
@@ -135,7 +157,7 @@ class RankAllocator(AllocatedLayers):
 
     def __getstate__(self) -> dict:
         """A copy of the model gets a copy of the allocator, without the ties to the original's optimizer."""
-        return {**self.__dict__, "_attachment": None, "_is_copy": True}
+        return {**self.__dict__, "_attachment": None, "_weights_before": None, "_is_copy": True}
 
     def is_stale_copy(self) -> bool:
         """Whether this is a copy from before the final mask, and its weights changed without its steps."""
@@ -145,9 +167,14 @@ class RankAllocator(AllocatedLayers):
         """Forget everything that was learnt: the run starts again at t = 0 with every triplet kept."""
         self._task_gradient.forget()
         self._gradients.forget()
+        self._weights_before: list[Tensor] | None = None
         self._statistics.reset(self.parameters())
         self._mask = torch.ones(self.total_rank(), dtype=torch.bool, device=self._statistics.device)
+        self._mask_before: Tensor | None = None
+        self.mask_number = 0  # masks made since the start, or since a state was loaded
         self._scores: Tensor | None = None  # those that the mask was made of
+        self._terms: dict[str, Tensor] | None = None  # and what they are made of
+        self._remembered = self._statistics.values.new_zeros(self._mask.shape if self.remember else 0)
         self._said_nan = False
         self._untrained = UntrainedLayers(self.schedule.final_step)
         self._go_to(Position())
@@ -156,6 +183,7 @@ class RankAllocator(AllocatedLayers):
         self._position = position
         if position.is_final:
             self._statistics.drop()
+            self._remembered = self._remembered[:0]
 
     def _here(self) -> Position:
         return self._position
@@ -280,19 +308,42 @@ class RankAllocator(AllocatedLayers):
             )
 
     def _prune(self, budget: int, final: bool = False) -> None:
-        scores = self._statistics.scores(self.parameters())
+        parameters = self.parameters()
+        scores = self._statistics.scores(parameters)
+        if self.keep_terms:
+            self._terms = self._statistics.terms(parameters)
         kept = torch.full((), budget, dtype=torch.int64, device=scores.device)
         if final:
             scores = self._unless_unlearnt(scores)
         else:
             kept = self._unless_too_early(kept)
-        self._keep(allocate_(scores, kept, self.lambdas(), self.processes), scores)
+        current = self._current_lambdas() if self.remember else None
+        mask = allocate_(self._in_order(scores), kept, self.lambdas(), self.processes)
+        if current is not None:
+            self._exchange(mask, current)
+        self._keep(mask, scores)
         self._mask_optimizers(self._mask)
+
+    def _in_order(self, scores: Tensor) -> Tensor:
+        """What the selection goes by."""
+        return defended(scores, self._mask, self.hysteresis) if self.hysteresis else scores
+
+    def _current_lambdas(self) -> Tensor:
+        """λ of every triplet [T], in the statistics' type."""
+        values = [values.detach().flatten() for values in whole(self.lambdas())]
+        return torch.cat(values).to(self._statistics.dtype)
+
+    def _exchange(self, mask: Tensor, current: Tensor) -> None:
+        """Give λ that return what is remembered of them, and remember those that go."""
+        added, remembered = exchange(self._remembered, self._mask, mask, current)
+        self._remembered.copy_(remembered)
+        add_(added, self.lambdas())
+        if self._attachment is not None:
+            add_to_optimizers_(self._attachment.optimizers, added, self.lambdas())
 
     def _unless_unlearnt(self, scores: Tensor) -> Tensor:
         """Too few updates leave |λ| to decide, all that is known of triplets that were trained elsewhere."""
-        sizes = torch.cat([values.detach().flatten() for values in whole(self.lambdas())]).abs()
-        sizes = sizes.to(scores.dtype).nan_to_num(nan=-1.0)  # pruned before all others
+        sizes = self._current_lambdas().abs().nan_to_num(nan=-1.0)  # pruned before all others
         return torch.where(self._statistics.enough(), scores, sizes)
 
     def _unless_too_early(self, budget: Tensor) -> Tensor:
@@ -300,7 +351,8 @@ class RankAllocator(AllocatedLayers):
         return torch.where(self._statistics.enough(), budget, self._mask.numel())
 
     def _keep(self, mask: Tensor, scores: Tensor) -> None:
-        self._mask, self._scores = mask, scores
+        self._mask_before, self._mask, self._scores = self._mask, mask, scores
+        self.mask_number += 1
 
     def _update_statistics(self) -> None:
         parameters = self.parameters()
@@ -308,11 +360,25 @@ class RankAllocator(AllocatedLayers):
         self._untrained.look(self._layers, parameters, grads)
         if not self._statistics.fit(parameters):  # the model was moved or cast
             self._statistics.move_to(parameters)
-            self._mask = self._mask.to(self._statistics.device)
+            self._mask, self._remembered = (
+                tensor.to(self._statistics.device) for tensor in (self._mask, self._remembered)
+            )
         if self.score_gradient == "task":
             grads = self._task_gradient.of(parameters, grads, self._statistics.dtype)
-        self._statistics.update_(parameters, grads)
+        self._statistics.update_(self._scored_weights(parameters), grads)
         self._position.updates += any(grad is not None for grad in grads)
+
+    def _scored_weights(self, parameters: list[Tensor]) -> list[Tensor]:
+        """w of the scores."""
+        if self.weights == "after":
+            return parameters
+        weights, self._weights_before = self._weights_before, None
+        if weights is None:
+            raise ValueError(
+                "weights='before' needs the factors from before the optimizer's step; call attach(optimizer) "
+                "before it (AdaLoraCallback does)"
+            )
+        return weights
 
     def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
@@ -326,6 +392,8 @@ class RankAllocator(AllocatedLayers):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self.regulariser is not None:
             self.regulariser.before_step(optimizer, args, kwargs)
+        if self.weights == "before" and not self._position.is_final:
+            self._weights_before = [parameter.detach().clone() for parameter in self.parameters()]
 
     def follow_regulariser(self) -> None:
         """Others take an optimizer step for which this process has no data."""
@@ -400,13 +468,21 @@ class RankAllocator(AllocatedLayers):
         values: Tensor,
         updates: Tensor,
         user_state: dict[str, Tensor],
+        remembered: Tensor,
     ) -> None:
         """Go on from there; everything fits."""
-        self._mask = mask
+        self._mask, self._mask_before, self.mask_number = mask, None, 0
+        self._remembered = remembered
         self._is_copy = False
         self._gradients.forget()
         self._statistics.restore(values, updates, user_state)
         self._go_to(position)
+
+
+def check_weights(weights: str) -> None:
+    """ValueError where these are no weights that can be scored."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} is not one of {WEIGHTS}")
 
 
 def _warn(message: str) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
 
 FILE_NAME = "adalora_allocator.safetensors"
-FORMAT = 1
+FORMAT = 2
+# What those formats did not say.
+OLDER = {1: {"weights": "after", "triplet": "full", "hysteresis": 0.0, "remember": False}}
 AllocatorState = dict[str, Any]  # {"config": plain values, "tensors": {name: tensor}}
 
 
@@ -37,6 +39,8 @@ def save_state(allocator: "RankAllocator") -> AllocatorState:
     if not here.is_final:
         for name, view in _statistic_views(allocator, statistics.whole()):
             tensors[name] = view.to("cpu", copy=True)
+        if allocator.remember:
+            tensors["remembered"] = allocator._remembered.to("cpu", copy=True)
     for name, tensor in statistics.user_state.items():
         tensors[f"user/{name}"] = tensor.to("cpu", copy=True)
     return {"config": config, "tensors": tensors}
@@ -57,6 +61,10 @@ def facts_of(allocator: "RankAllocator") -> dict[str, Any]:
         "beta1": allocator._statistics.beta1,
         "beta2": allocator._statistics.beta2,
         "score_gradient": allocator.score_gradient,
+        "weights": allocator.weights,
+        "triplet": allocator.triplet,
+        "hysteresis": allocator.hysteresis,
+        "remember": allocator.remember,
         "schedule": {
             name: getattr(allocator.schedule, name)
             for name in ("initial", "target", "tinit", "tfinal", "deltaT", "total_step")
@@ -67,7 +75,7 @@ def facts_of(allocator: "RankAllocator") -> dict[str, Any]:
 def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
     """(name, view into ``buffer``) of every statistic of every parameter."""
     layers = list(allocator._layers)
-    layout = layout_of(allocator.parameters(), allocator.score.name)
+    layout = layout_of(allocator._statistics.judged(allocator.parameters()), allocator.score.name)
     for row, statistic in enumerate(allocator._statistics.names):
         for group in layout.groups:
             stacked = group.view(buffer[row])
@@ -77,8 +85,9 @@ def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
 
 def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
     """See :meth:`RankAllocator.load_state_dict`."""
-    ranks = [factors.lora_E.shape[0] for factors in allocator.factors()]
-    mask = check_state(state, allocator, dict(zip(allocator.layer_names, ranks, strict=True)))
+    sizes = (factors.lora_E.shape[0] for factors in allocator.factors())
+    ranks = dict(zip(allocator.layer_names, sizes, strict=True))
+    mask = check_state(state, allocator, ranks)
     config, tensors = state["config"], state["tensors"]
     ours = allocator._statistics
     values = ours.new(allocator.parameters())
@@ -99,8 +108,16 @@ def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
         is_over=config["is_over"],
         updates=config["update_count"],
     )
+    remembered = ours.values.new_zeros(mask.shape if allocator.remember and not config["is_final"] else 0)
+    if len(remembered):
+        remembered.copy_(_of_layers(tensors["remembered"], tensors["mask"], config["layers"], ranks))
     allocator._restore(
-        position, mask.to(ours.device), values, tensors["updates"].to(ours.device, copy=True), user_state
+        position,
+        mask.to(ours.device),
+        values,
+        tensors["updates"].to(ours.device, copy=True),
+        user_state,
+        remembered,
     )
 
 
@@ -112,8 +129,11 @@ def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[s
     """
     try:
         config, tensors = state["config"], state["tensors"]
-        if config["format"] != FORMAT:
-            raise ValueError(f"allocator state has format {config['format']}, this version reads {FORMAT}")
+        if config["format"] not in (FORMAT, *OLDER):
+            raise ValueError(
+                f"allocator state has format {config['format']}, this version reads 1 to {FORMAT}"
+            )
+        config = OLDER.get(config["format"], {}) | config
         for name in ("t", "update_count"):
             if not isinstance(config[name], int) or config[name] < 0:
                 raise ValueError(f"allocator state has {name}={config[name]!r}; it is damaged")
@@ -136,6 +156,10 @@ def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[s
         raise ValueError(f"allocator state counts {updates.numel()} parameters, the model has {expected}")
     if updates.dtype != torch.int64 or (updates < 0).any():
         raise ValueError("allocator state has updates that are no counts; it is damaged")
+    if config["remember"] and not config["is_final"]:
+        remembered = tensors.get("remembered")
+        if remembered is None or remembered.shape != mask.shape:
+            raise ValueError(f"allocator state lacks the remembered λ {tuple(mask.shape)}; it is damaged")
     statistics = {name: t for name, t in tensors.items() if name not in ("mask", "updates")}
     for name, tensor in statistics.items():
         sound = name.startswith("user/") or (tensor.is_floating_point() and tensor.isfinite().all())
@@ -148,13 +172,14 @@ def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[s
 
 def _check_statistics(allocator: "RankAllocator", layers: dict[str, int], tensors: dict) -> None:
     """Every statistic of every entry is there, for layers of the saved ranks."""
+    lambda_only = allocator.score.name == "magnitude" or allocator.triplet == "lambda"
     for (layer, rank), factors in zip(layers.items(), allocator.factors(), strict=False):
         shapes = {"lora_A": (rank, factors.lora_A.shape[1]), "lora_E": (rank, 1)}
         shapes["lora_B"] = (factors.lora_B.shape[0], rank)
         if rank == 0:
             continue
         for statistic in allocator._statistics.names:
-            for kind in ("lora_E",) if allocator.score.name == "magnitude" else shapes:
+            for kind in ("lora_E",) if lambda_only else shapes:
                 name = f"{statistic}/{layer}.{kind}"
                 if name not in tensors or tensors[name].shape != shapes[kind]:
                     raise ValueError(
@@ -167,6 +192,10 @@ def _check_same(config: dict, allocator: "RankAllocator") -> None:
         "score": allocator.score.name,
         "smoothing": allocator.smoothing,
         "score_gradient": allocator.score_gradient,
+        "weights": allocator.weights,
+        "triplet": allocator.triplet,
+        "hysteresis": allocator.hysteresis,
+        "remember": allocator.remember,
     }
     for name, value in ours.items():
         if config[name] != value:
@@ -208,6 +237,17 @@ def _mask_for_layers(
         else:
             raise ValueError(f"allocator state gives {name} rank {rank}, the model has {ranks[name]}")
     return torch.cat(parts)
+
+
+def _of_layers(
+    values: torch.Tensor, mask: torch.Tensor, layers: dict[str, int], ranks: dict[str, int]
+) -> torch.Tensor:
+    """Of ``values`` [T] those of the triplets that layers of these ``ranks`` have, as :func:`check_state`
+    cuts the mask.
+    """
+    sizes = list(layers.values())
+    parts = zip(layers.items(), values.split(sizes), mask.split(sizes), strict=True)
+    return torch.cat([own if ranks[name] == rank else own[kept] for (name, rank), own, kept in parts])
 
 
 def is_sharded(allocator: "RankAllocator") -> bool:

@@ -115,8 +115,11 @@ class CapturableRankAllocator(RankAllocator):
             raise ValueError(
                 "score_gradient='task' looks at gradients on the host; use 'total' with capturable"
             )
+        if self.weights == "before":
+            raise ValueError("weights='before' is not recorded in graphs; use 'after' with capturable")
         self._warn_of_few_updates(self.schedule.final_step)  # nobody could at the final step
         self._scores = self._statistics.values.new_zeros(self._mask.shape)
+        self._mask_before = self._mask.clone()
         self._clock = DeviceSchedule(self.schedule, self._statistics.device)
         self._clock.set(self._position)
 
@@ -134,9 +137,10 @@ class CapturableRankAllocator(RankAllocator):
         """Forget everything that was learnt: the run starts again at t = 0 with every triplet kept."""
         if self._clock is None:
             return super().reset()
-        for tensor in (self._statistics.values, self._statistics.updates, self._scores):
+        for tensor in (self._statistics.values, self._statistics.updates, self._scores, self._remembered):
             tensor.zero_()
         self._mask.fill_(True)
+        self._mask_before.fill_(True)
         self._said_nan = False
         self._go_to(Position())
 
@@ -184,10 +188,12 @@ class CapturableRankAllocator(RankAllocator):
         scores = self._statistics.scores(parameters)
         scores = torch.where(now.closes, self._unless_unlearnt(scores), scores)
         budget = torch.where(now.closes, now.budget, self._unless_too_early(now.budget))
-        selected = select_triplets(scores, budget)
-        self._keep(
-            torch.where(now.selects, selected, self._mask), torch.where(now.selects, scores, self._scores)
-        )
+        selected = torch.where(now.selects, select_triplets(self._in_order(scores), budget), self._mask)
+        current = self._current_lambdas() if self.remember else None
+        if current is not None:  # what is added to λ that are pruned is zero, so it may come before the mask
+            self._exchange(selected, current)
+        self._mask_before.copy_(torch.where(now.selects, self._mask, self._mask_before))
+        self._keep(selected, torch.where(now.selects, scores, self._scores))
         mask = self._mask | ~now.masks
         apply_mask_(mask, self.lambdas())
         self._mask_optimizers(mask)
@@ -198,9 +204,11 @@ class CapturableRankAllocator(RankAllocator):
         self._mask.copy_(mask)
         self._scores.copy_(scores)
 
-    def _restore(self, position, mask, values, updates, user_state) -> None:
+    def _restore(self, position, mask, values, updates, user_state, remembered) -> None:
         for held, given in (
             (self._mask, mask),
+            (self._mask_before, mask),
+            (self._remembered, remembered),
             (self._statistics.values, values),
             (self._statistics.updates, updates),
         ):

@@ -65,8 +65,9 @@ class Train:
     adapters: tuple[Path, ...] = ()
     """For fusion: two or more folders of finished houlsby runs, of any tasks."""
     score: str = "sensitivity"
-    """For adalora: sensitivity, movement, fisher, gsnr, magnitude, or the nulls uniform and random; "+sum",
-    "+ema", "+ema_uncertainty" or "+none" for another smoothing, "+task" to leave the orthogonality term out.
+    """For adalora: sensitivity, movement, fisher, gsnr, magnitude, or the nulls uniform, random and dealt;
+    "+sum", "+ema", "+ema_uncertainty" or "+none" for another smoothing, "+task" to leave the orthogonality
+    term out.
     """
     recipe: str | None = None
     """One of the package (default: by model and task), or the path of a JSON file."""
@@ -78,6 +79,8 @@ class Train:
     """eager, sdpa or flash_attention_2 (default: what is fastest)."""
     compile: bool = False
     """torch.compile the model."""
+    record_scores: bool = False
+    """Write every triplet's score, λ and place at every mask into allocation.jsonl."""
     seed: int = 0
     """Seed of the initial weights and the order of the data."""
 
@@ -89,7 +92,7 @@ class Train:
         way = parse_arm(self.score) if self.method == "adalora" else {"method": self.method}
         if way["method"] != self.method:
             raise ValueError(f"{self.score} is no score but a method; give --method {self.score}")
-        names = ("dtype", "attention", "compile", "seed")
+        names = ("dtype", "attention", "compile", "record_scores", "seed")
         run_single(
             task_name=self.task,
             model=self.model,

@@ -7,13 +7,13 @@ written anywhere; all of Λ's shape are zeroed, except the moments of gradients 
 optimizers give them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from adalora_fast.distributed import apply_mask_
+from adalora_fast.distributed import add_, apply_mask_
 
 if TYPE_CHECKING:
     from adalora_fast.allocator import RankAllocator
@@ -29,15 +29,29 @@ def mask_optimizers_(optimizers: Iterable[object], mask: Tensor, lambdas: list[T
     """Zero the pruned entries of every copy of Λ in the optimizers' state; ``mask`` [T] as in
     :func:`adalora_fast.ops.apply_mask_`.
     """
-    keeps = mask.split([values.shape[0] for values in lambdas])
+    for keep, copies in _copies(optimizers, mask, lambdas):
+        apply_mask_(keep, copies)
+
+
+def add_to_optimizers_(optimizers: Iterable[object], added: Tensor, lambdas: list[Tensor]) -> None:
+    """Add ``added`` [T] to every copy of Λ in the optimizers' state, as it was added to Λ."""
+    for values, copies in _copies(optimizers, added, lambdas):
+        add_(values, copies)
+
+
+def _copies(
+    optimizers: Iterable[object], of_triplets: Tensor, lambdas: list[Tensor]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(the part of ``of_triplets`` [T] that belongs to them, copies of some matrices' Λ under one name)."""
+    parts = of_triplets.split([values.shape[0] for values in lambdas])
     for state in _states(optimizers):
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for values, keep in zip(lambdas, keeps, strict=True):
+        for values, part in zip(lambdas, parts, strict=True):
             for name, tensor in state.get(values, {}).items():
                 if name not in MOMENTS and _is_like(tensor, values):
-                    found.setdefault(name, []).append((keep.to(tensor.device), tensor))
+                    found.setdefault(name, []).append((part.to(tensor.device), tensor))
         for pairs in found.values():
-            apply_mask_(torch.cat([keep for keep, _ in pairs]), [tensor for _, tensor in pairs])
+            yield torch.cat([part for part, _ in pairs]), [tensor for _, tensor in pairs]
 
 
 def _states(optimizers: Iterable[object]) -> list[Mapping]:

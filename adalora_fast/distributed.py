@@ -78,12 +78,23 @@ def allocate_(scores: Tensor, budget: Tensor, lora_E: list[Tensor], processes: P
 
 def apply_mask_(mask: Tensor, lora_E: list[Tensor]) -> None:
     """:func:`adalora_fast.ops.apply_mask_` over Λ that may be sharded."""
+    ops.apply_mask_(*_held(mask, lora_E))
+
+
+def add_(values: Tensor, lora_E: list[Tensor]) -> None:
+    """λ ← λ + ``values`` [T], over Λ [r, 1] of every matrix that may be sharded."""
+    values, lora_E = _held(values, lora_E)
+    parts = values.split([of_one.shape[0] for of_one in lora_E])
+    torch._foreach_add_(lora_E, [part.view_as(to).to(to) for part, to in zip(parts, lora_E, strict=True)])
+
+
+def _held(of_triplets: Tensor, lora_E: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Both, as far as this process holds them."""
     shards = shards_of(lora_E)
-    if shards is not None:
-        parts = zip(mask.split([values.shape[0] for values in lora_E]), range(len(lora_E)), strict=True)
-        mask = torch.cat([part[slice(*shards.rows(i))] for part, i in parts])
-        lora_E = shards.held(lora_E)
-    ops.apply_mask_(mask, lora_E)
+    if shards is None:
+        return of_triplets, lora_E
+    parts = zip(of_triplets.split([values.shape[0] for values in lora_E]), range(len(lora_E)), strict=True)
+    return torch.cat([part[slice(*shards.rows(i))] for part, i in parts]), shards.held(lora_E)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -55,12 +55,14 @@ def score_names() -> tuple[str, ...]:
     return tuple(_scores)
 
 
-def get_score(name: str) -> Score:
-    """The score called ``name``.
+def get_score(name: str | Score) -> Score:
+    """The score called ``name``; a :class:`Score` that was made by hand is one already.
 
     Raises:
         ValueError: there is none.
     """
+    if isinstance(name, Score):
+        return name
     if name not in _scores:
         raise ValueError(f"score {name!r} is not one of {score_names()}; register_score() adds your own")
     return _scores[name]

@@ -11,6 +11,14 @@ from adalora_fast.ops import importance_scores, importance_update_
 from adalora_fast.ops.importance import layout_of, reference
 from adalora_fast.scores import Score, statistic_names, update_user_statistics_
 
+TRIPLETS = ("full", "lambda")
+
+
+def check_triplet(triplet: str) -> None:
+    """ValueError where this is no part of a triplet that can be scored."""
+    if triplet not in TRIPLETS:
+        raise ValueError(f"triplet {triplet!r} is not one of {TRIPLETS}")
+
 
 class Statistics:
     """The statistics of one score over a model's parameters A_0, E_0, B_0, A_1, ... (arXiv 2303.10512,
@@ -19,6 +27,7 @@ class Statistics:
     Args:
         score, smoothing: what is kept, see :mod:`adalora_fast.ops.importance`.
         beta1, beta2: decay of Ī (and gsnr's moments) and of Ū, in (0, 1).
+        triplet: ``"full"``, or ``"lambda"`` to keep and score λ's entries alone.
 
     Attributes:
         values: [rows, entries] in float32, or float64 where a parameter is; of parameters that are sharded
@@ -27,14 +36,18 @@ class Statistics:
         user_state: tensors of a registered score's own.
 
     Raises:
-        ValueError: a decay out of range.
+        ValueError: a decay out of range, or an unknown ``triplet``.
     """
 
-    def __init__(self, score: Score, smoothing: str, beta1: float, beta2: float) -> None:
+    def __init__(
+        self, score: Score, smoothing: str, beta1: float, beta2: float, triplet: str = "full"
+    ) -> None:
+        check_triplet(triplet)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 < beta < 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {beta}")
         self.score, self.smoothing, self.beta1, self.beta2 = score, smoothing, beta1, beta2
+        self.triplet = triplet
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,9 +63,20 @@ class Statistics:
         self.updates = torch.zeros(len(parameters), dtype=torch.int64, device=self.device)
         self.user_state: dict[str, Tensor] = {}
 
+    def judged(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Parameters or gradients A_0, E_0, B_0, A_1, ... as far as they are scored: with
+        ``triplet="lambda"`` those of P and Q are [r, 0] and [0, N], which have no entries.
+        """
+        if self.triplet == "full":
+            return tensors
+        return [
+            tensor if tensor is None or i % 3 == 1 else _without_entries(tensor, i % 3 == 0)
+            for i, tensor in enumerate(tensors)
+        ]
+
     def new(self, parameters: list[Tensor]) -> Tensor:
         """Statistics of no gradient at all, for whole parameters."""
-        size = layout_of(parameters, self.score.name).size
+        size = layout_of(self.judged(parameters), self.score.name).size
         return torch.zeros(len(self.names), size, dtype=self.dtype, device=self.device)
 
     def fit(self, parameters: list[Tensor]) -> bool:
@@ -69,7 +93,7 @@ class Statistics:
         return _placement(parameters) == (self.device, self.dtype)
 
     def _shards_of(self, parameters: list[Tensor]) -> sharding.Shards | None:
-        shards = sharding.shards_of(parameters)
+        shards = sharding.shards_of(self.judged(parameters))
         if shards is not None and self.score.function is not None:
             raise ValueError(
                 f"score {self.score.name!r} is a registered function, which needs whole factors, and these "
@@ -108,6 +132,7 @@ class Statistics:
         changes.
         """
         names, decays = (self.score.name, self.smoothing), (self.beta1, self.beta2)
+        parameters, grads = self.judged(parameters), self.judged(grads)
         shards = self._shards
         if shards is not None:
             parameters, grads = shards.held(parameters), shards.held(grads)
@@ -128,12 +153,22 @@ class Statistics:
 
     def scores(self, parameters: list[Tensor]) -> Tensor:
         """S of every triplet [T]."""
+        parameters = self.judged(parameters)
         shards = self._shards
         if shards is not None:
             parts = shards.held(parameters)
             return sharding.triplet_scores(shards, parts, self.values, self.score.name, self.smoothing)
         score = importance_scores if self.score.function is None else reference.triplet_scores
         return score(parameters, self.values, self.score.name, self.smoothing)
+
+    def terms(self, parameters: list[Tensor]) -> dict[str, Tensor]:
+        """The parts of S of every triplet, by kind: λ's own (``lora_E``) and the means over Q (``lora_A``)
+        and P (``lora_B``), each [T]. Where factors are sharded, all processes must ask for it.
+        """
+        parts = reference.triplet_terms(
+            self.judged(parameters), self.whole(), self.score.name, self.smoothing
+        )
+        return dict(zip(reference.KINDS, parts, strict=True))
 
     def enough(self) -> Tensor:
         """Bool scalar on the device: the score has seen as many updates as it needs."""
@@ -142,6 +177,12 @@ class Statistics:
     def drop(self) -> None:
         """They are never read again."""
         self.values, self.user_state = self.values[:, :0], {}
+
+
+def _without_entries(factor: Tensor, is_lora_A: bool) -> Tensor:
+    """A factor's [r, 0] or [0, N]; plain where the factor is sharded."""
+    shape = (factor.shape[0], 0) if is_lora_A else (0, factor.shape[1])
+    return torch.empty(shape, dtype=factor.dtype, device=factor.device)
 
 
 def _placement(parameters: list[Tensor]) -> tuple[torch.device, torch.dtype]:

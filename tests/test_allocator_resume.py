@@ -68,6 +68,27 @@ def test_from_every_step(score, score_gradient):
         assert same(snapshot(again[0], again[2]), want), f"resumed at step {t}"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"remember": True}, {"hysteresis": 0.5}, {"triplet": "lambda"}, {"triplet": "lambda", "remember": True}],
+    ids=str,
+)
+def test_stable_allocation_from_every_step(options, tmp_path):
+    options = {"score": "movement", "smoothing": "none", "deltaT": 1, **options}
+    run, saved = start(**options), []
+    for t in range(STEPS):
+        saved.append(checkpoint(run))
+        write_state(run[2], tmp_path)
+        assert torch.equal(read_state(tmp_path)["tensors"]["mask"], saved[-1][2]["tensors"]["mask"])
+        saved[-1] = (*saved[-1][:2], read_state(tmp_path))
+        train(*run, [t])
+    want = snapshot(run[0], run[2])
+    for t, state in enumerate(saved):
+        again = resume(state, **options)
+        train(*again, range(t, STEPS))
+        assert same(snapshot(again[0], again[2]), want), f"resumed at step {t}"
+
+
 @pytest.mark.parametrize("t", [0, 1, 4, 5, 9, 10, 13])
 def test_through_a_file(t, tmp_path):
     run = start()

@@ -56,6 +56,9 @@ def changed(state, config=(), tensors=(), drop=()):
         ({"score": "fisher"}, "saved with score='fisher', this allocator has 'sensitivity'"),
         ({"smoothing": "ema"}, "saved with smoothing='ema', this allocator has 'ema_uncertainty'"),
         ({"score_gradient": "task"}, "saved with score_gradient='task', this allocator has 'total'"),
+        ({"triplet": "lambda"}, "saved with triplet='lambda', this allocator has 'full'"),
+        ({"hysteresis": 0.5}, "saved with hysteresis=0.5, this allocator has 0.0"),
+        ({"remember": True}, "saved with remember=True, this allocator has False"),
         (
             {"target_total_rank": 6},
             "target budget of 6 triplets, this allocator has 5; use the same target_r",
@@ -81,6 +84,40 @@ def test_the_state_of_another_model(run):
 def test_layers_in_another_order(run, state):
     layers = dict(reversed(state["config"]["layers"].items()))
     refused(run, changed(state, {"layers": layers}), "their order")
+
+
+@pytest.mark.parametrize("options", [{}, {"remember": True}, {"hysteresis": 0.5}, {"triplet": "lambda"}])
+def test_a_state_of_the_first_format_is_one_without_stable_allocation(run, state, options):
+    old = changed(state, {"format": 1}, drop=("weights", "triplet", "hysteresis", "remember"))
+    model = make_model()
+    allocator = make_allocator(model, **options)
+    if options:
+        with pytest.raises(ValueError, match=f"saved with {next(iter(options))}="):
+            allocator.load_state_dict(old)
+    else:
+        allocator.load_state_dict(old)
+        assert allocator.t == 4
+
+
+def test_a_state_of_scores_before_the_step(run, state):
+    said = "saved with weights='before', this allocator has 'after'"
+    refused(run, changed(state, {"weights": "before"}), said)
+
+
+def test_remembered_lambdas_belong_to_the_state():
+    _, allocator = trained(6, remember=True, score="movement", smoothing="none", deltaT=1)
+    state = allocator.state_dict()
+    assert state["tensors"]["remembered"].any()
+    other = make_allocator(make_model(), remember=True, score="movement", smoothing="none", deltaT=1)
+    for spoilt in (
+        changed(state, drop=("remembered",)),
+        changed(state, tensors={"remembered": state["tensors"]["remembered"][:3]}),
+        changed(state, tensors={"remembered": state["tensors"]["remembered"] / 0}),
+    ):
+        with pytest.raises(ValueError, match="remembered"):
+            other.load_state_dict(spoilt)
+    other.load_state_dict(state)
+    assert torch.equal(other._remembered, allocator._remembered)
 
 
 @pytest.mark.parametrize(

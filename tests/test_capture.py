@@ -110,6 +110,16 @@ def test_with_the_kernels(score):
         force(before)
 
 
+@pytest.mark.parametrize("score", ["movement", "sensitivity"])
+@pytest.mark.parametrize(
+    "options",
+    [{"hysteresis": 0.5}, {"remember": True}, {"triplet": "lambda"}],
+    ids=["hysteresis", "remember", "lambda"],
+)
+def test_stable_allocation(score, options):
+    run_both(pair(score=score, deltaT=1, **options), SCHEDULE["total_step"] + 1, spoil=4)
+
+
 def test_gsnr_waits_for_its_second_update_on_the_device():
     """With an overflow at step 1 the second update is step 2's; masks before keep everything."""
     options = {"score": "gsnr", "tinit": 0, "deltaT": 1, "total_step": 8}
@@ -122,11 +132,12 @@ def test_an_overflow_changes_no_statistic():
 
 
 def test_no_tensor_of_the_allocator_moves():
-    _, (model, optimizer, allocator) = pair()
+    _, (model, optimizer, allocator) = pair(remember=True)
 
     def places():
         statistics = allocator._statistics
         held = (allocator._mask, allocator._scores, statistics.values, statistics.updates)
+        held = (*held, allocator._mask_before, allocator._remembered)
         return [
             tensor.data_ptr()
             for tensor in (*held, *vars(allocator._clock).values())
@@ -134,7 +145,7 @@ def test_no_tensor_of_the_allocator_moves():
         ]
 
     before = places()
-    assert len(before) == 9
+    assert len(before) == 11
     for t in range(4):
         one_step(model, optimizer, t, allocator.step)
     state = copy.deepcopy(allocator.state_dict())

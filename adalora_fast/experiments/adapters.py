@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arms import register_nulls
 from .bottleneck import add_bottlenecks, check_bottlenecks
 from .encoders import load_model, outline_model
 from .families import family_of, is_of_head
 from .fusion import TRAINED, add_fusion
+from .nulls import score_of
 from .quiet import without_model_bars
 from .runs import LOW_RANK, VIRTUAL, RunSettings
 from .tasks import Task
@@ -55,7 +55,9 @@ def fastest_attention(settings: RunSettings) -> str | None:
     return "eager" if half and not torch.accelerator.is_available() else None
 
 
-def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
+def adapt(
+    model: nn.Module, settings: RunSettings, task: Task, found: dict[str, int] | None = None
+) -> nn.Module:
     """Freeze what `settings.method` freezes and add what it trains; the head (pooler included) is always
     trained fully.
 
@@ -67,7 +69,8 @@ def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
     prompt, prefix, p_tuning virtual tokens before the input or in every layer; prompts from an encoder
     ia3                      scales of keys, values and the inner feed-forward activations
 
-    `train_biases` adds every bias of the encoder to what any of them trains.
+    `train_biases` adds every bias of the encoder to what any of them trains. `found` are the ranks of another
+    run, where the null `dealt` deals them (`nulls.read_ranks`).
     """
     check_bottlenecks(settings)
     head = family_of(model).head_for(task.kind)
@@ -80,15 +83,17 @@ def adapt(model: nn.Module, settings: RunSettings, task: Task) -> nn.Module:
         return model
     trains_biases = settings.method == "bitfit" or settings.recipe.train_biases
     biases = biases_of(model, head) if trains_biases else []
-    adapted = _adapted(model, settings, task, head)
+    adapted = _adapted(model, settings, task, head, found)
     for bias in biases:
         bias.requires_grad_(True)
     return adapted
 
 
-def _adapted(model: nn.Module, settings: RunSettings, task: Task, head: list[str]) -> nn.Module:
+def _adapted(
+    model: nn.Module, settings: RunSettings, task: Task, head: list[str], found: dict[str, int] | None
+) -> nn.Module:
     if settings.method in LOW_RANK:
-        return add_low_rank(model, settings, task, head)
+        return add_low_rank(model, settings, task, head, found)
     if settings.method in VIRTUAL:
         from .prompts import add_prompt
 
@@ -122,7 +127,13 @@ def freeze(model: nn.Module, head: list[str]) -> None:
         parameter.requires_grad_(is_of_head(name, head))
 
 
-def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list[str]) -> nn.Module:
+def add_low_rank(
+    model: nn.Module,
+    settings: RunSettings,
+    task: Task,
+    head: list[str],
+    found: dict[str, int] | None = None,
+) -> nn.Module:
     """PEFT's LoRA or AdaLoRA on `model`; the latter runs here unless the method is PEFT's own."""
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
@@ -155,11 +166,17 @@ def add_low_rank(model: nn.Module, settings: RunSettings, task: Task, head: list
     if settings.method == "adalora":
         from adalora_fast import fuse
 
-        register_nulls()
-        options = {"score": settings.score, "score_gradient": settings.score_gradient}
-        if settings.smoothing is not None:
-            options["smoothing"] = settings.smoothing
-        fuse(adapted, **options)
+        fuse(
+            adapted,
+            score_of(settings, adapted, found),
+            smoothing=settings.smoothing,
+            score_gradient=settings.score_gradient,
+            orth_penalty=recipe.orth_penalty,
+            weights=recipe.weights,
+            triplet=recipe.triplet,
+            hysteresis=recipe.hysteresis,
+            remember=recipe.remember,
+        )
     return adapted
 
 

@@ -38,6 +38,10 @@ class Recipe:
     `matrices` of None adapts all that `models.FAMILIES` lists; `adapter_dropout` is before the low-rank
     product. `bottleneck` is the width of a Houlsby adapter, `virtual_tokens` the length of a prompt or
     prefix. `train_biases` also trains every bias of the base (BitFit), whatever the method.
+
+    `weights`, `triplet`, `hysteresis` and `remember` are those of `RankAllocator`, `orth_penalty` is that of
+    `fuse`. Of the nulls (`nulls`), `redraw` is the share of the lottery that is drawn again between two
+    masks, `ranks_from` the arm whose ranks are dealt, and `shuffled` deals them to other matrices.
     """
 
     epochs: float = 3.0
@@ -70,6 +74,14 @@ class Recipe:
     bottleneck: int = 64
     virtual_tokens: int = 20
     train_biases: bool = False
+    orth_penalty: str = "fro"
+    weights: str = "after"
+    triplet: str = "full"
+    hysteresis: float = 0.0
+    remember: bool = False
+    redraw: float = 0.0
+    ranks_from: str | None = None
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.matrices, list):
@@ -80,10 +92,16 @@ class Recipe:
             and all(isinstance(name, str) for name in self.matrices)
         ):
             raise ValueError(f'matrices is {self.matrices!r}; give a list of names, such as ["query"]')
-        if not isinstance(self.train_biases, bool):
-            raise ValueError(f"train_biases is {self.train_biases!r}; it must be true or false")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
+        if self.ranks_from is not None and not isinstance(self.ranks_from, str):
+            raise ValueError(f"ranks_from is {self.ranks_from!r}; give the name of an arm")
         for field in fields(self):
-            if field.name in ("matrices", "train_biases"):
+            if field.name in ("matrices", "ranks_from", *FLAGS, *CHOICES):
                 continue
             _check_number(field.name, getattr(self, field.name))
         if self.target_r > self.init_r:
@@ -92,6 +110,8 @@ class Recipe:
             )
 
 
+FLAGS = ("train_biases", "remember", "shuffled")
+CHOICES = {"orth_penalty": ("fro", "squared"), "weights": ("after", "before"), "triplet": ("full", "lambda")}
 PRECISIONS = ("fp32", "bf16", "fp16")  # mixed precision: weights stay float32
 OPTIONAL = ("classifier_dropout", "dropout", "train_rows", "evaluation_rows")
 INTEGERS = (
@@ -99,7 +119,7 @@ INTEGERS = (
     "n_best", "max_answer_length", "beams", "bottleneck", "virtual_tokens",
 )  # fmt: skip
 STEPS = ("warmup", "tinit", "tfinal")  # an integer, or a fraction of the run
-FROM_ZERO = ("weight_decay", "orth_reg_weight", *STEPS)
+FROM_ZERO = ("weight_decay", "orth_reg_weight", "hysteresis", *STEPS)
 MAY_BE_ZERO = ("classifier_dropout", "dropout", "adapter_dropout")
 PROBABILITIES = ("beta1", "beta2", *MAY_BE_ZERO)
 
@@ -114,7 +134,10 @@ def _check_number(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
-    if name in PROBABILITIES:
+    if name == "redraw":
+        if not 0 <= value <= 1:
+            raise ValueError(f"redraw is {value}; it is a share, from 0 to 1")
+    elif name in PROBABILITIES:
         if not 0 <= value < 1 or (value == 0 and name not in MAY_BE_ZERO):
             raise ValueError(f"{name} is {value}; it must be between 0 and 1")
     elif name in FROM_ZERO:

@@ -6,6 +6,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from .lines import append_line, read_lines, write_lines
+from .masks import MaskLog, allocator_of
 from .progress import TrainingProgress
 from .runs import RunFolder, RunSettings
 from .stopwatch import Stopwatch
@@ -15,8 +16,8 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl (a line per log step or evaluation, with the seconds until then) and, where ranks
-    are allocated, allocation.jsonl (budget, ranks and spread of the importance scores per log step), and
-    moves the progress display.
+    are allocated, allocation.jsonl (budget, ranks and spread of the importance scores per log step; what
+    every mask changed and what its scores were made of, see `masks`), and moves the progress display.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class Recorder(TrainerCallback):
         self.progress = progress
         self.watch = watch
         self.evaluations: list[dict[str, Any]] = []
+        self.mask_log: MaskLog | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # An interrupted run may have logged steps after its last checkpoint, and what follows the training.
         kept = [line for line in read_lines(self.path) if line["step"] <= state.global_step]
         end = next((i for i, line in enumerate(kept) if "train_runtime" in line), len(kept))
@@ -40,11 +42,17 @@ class Recorder(TrainerCallback):
             if self.allocation.is_file():
                 before = [line for line in read_lines(self.allocation) if line["step"] <= state.global_step]
                 write_lines(self.allocation, before)
+        if self.settings.method == "adalora":
+            self.mask_log = MaskLog(allocator_of(model), self.settings)
         self.watch.begin_training()
         self.progress.start_run(self.settings.label, state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.advance()
+        if self.mask_log is not None and self.mask_log.is_due:
+            line = {"step": state.global_step, **self.mask_log.line()}
+            if state.is_world_process_zero:
+                append_line(self.allocation, line)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.pulse("evaluating")
@@ -101,9 +109,7 @@ class Recorder(TrainerCallback):
 
 def allocation_now(model: Any) -> dict[str, Any]:
     """Budget, rank of every matrix, and the spread of the importance scores at the last mask."""
-    from adalora_fast.integrations.trainer import unwrap
-
-    allocator = unwrap(model).base_model.rankallocator
+    allocator = allocator_of(model)
     pattern = allocator.rank_pattern()
     line = {
         "budget": allocator.budget,

@@ -21,7 +21,7 @@ from .recipes import WITHOUT_MATRICES, Recipe
 LOW_RANK = ("adalora", "peft", "lora")
 METHODS = (*LOW_RANK, *WITHOUT_MATRICES)
 OTHER_METHODS = tuple(method for method in METHODS if method != "adalora")
-NULLS = ("uniform", "random")  # scores that look at nothing
+NULLS = ("uniform", "random", "dealt")  # scores that look at nothing
 DTYPES = ("float32", "bfloat16", "float16", "nf4")
 VIRTUAL = ("prompt", "prefix", "p_tuning", "ia3")  # virtual tokens and scales
 ON_FOUR_BITS = (*LOW_RANK, *VIRTUAL)
@@ -36,7 +36,8 @@ class RunSettings:
     folders that fusion starts from. `smoothing` of None is the score's own default. `held_out` above zero
     evaluates on that part of the training data, which is then not trained on, instead of the development
     set. `dtype` is that of the frozen weights (nf4: four bits, as QLoRA has them); `attention` (None: what is
-    fastest here) and `compile` are for speed.
+    fastest here) and `compile` are for speed. `record_scores` writes every triplet's score at every mask into
+    allocation.jsonl.
     """
 
     task: str
@@ -53,6 +54,7 @@ class RunSettings:
     dtype: str = "float32"
     attention: str | None = None
     compile: bool = False
+    record_scores: bool = False
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:

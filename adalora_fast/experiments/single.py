@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from .arms import register_nulls
 from .bottleneck import check_bottlenecks
 from .fusion import open_sources
 from .models import resolve_model
+from .nulls import check_null, register_nulls
 from .progress import TrainingProgress
 from .recipes import load_recipe, model_of, read_recipe, recipe_for
 from .runs import RunSettings, is_main_process, open_run
@@ -92,6 +92,7 @@ def check_score(settings: RunSettings) -> None:
     from adalora_fast.scores import get_score, resolve_smoothing
 
     register_nulls()
+    check_null(settings)
     resolve_smoothing(get_score(settings.score), settings.smoothing)
 
 

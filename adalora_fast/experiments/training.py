@@ -20,6 +20,7 @@ from .allocation import check_budget, ranks_of, training_callbacks
 from .card import write_card
 from .families import position_limit
 from .fusion import mean_weights
+from .nulls import read_ranks
 from .progress import TrainingProgress
 from .recorder import Recorder
 from .runs import RunFolder, RunSettings, open_run, read_json, read_object
@@ -73,10 +74,11 @@ def _train(
     checkpoint = last_whole_checkpoint(folder) if saves else None
     watch = Stopwatch.of(folder, checkpoint)
     watch.announce(settings.label, progress)
+    found = read_ranks(settings, folder.path)
     try:
         set_seed(settings.seed)
         model, tokenizer = load_encoder(settings, workload.task)
-        model = adapt(model, settings, workload.task)
+        model = adapt(model, settings, workload.task, found)
         data = workload.prepare(tokenizer, settings.recipe)
         check_lengths(data, unadapted(model), settings)
         folder.start(resumes=checkpoint is not None, at=watch.described)

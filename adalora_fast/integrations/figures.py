@@ -15,7 +15,8 @@ def is_training_log(logs: dict | None) -> bool:
 
 
 def figures_of(allocators: list[RankAllocator], ranks: list[int]) -> dict[str, float]:
-    """Budget, spread of the ranks and R, for a log entry; of several models budgets and R are added up.
+    """Budget, spread of the ranks, churn (the share of the kept triplets that the mask before the last had
+    pruned) and R, for a log entry; of several models budgets and R are added up.
 
     Args:
         allocators: one for each adapted model.
@@ -27,6 +28,10 @@ def figures_of(allocators: list[RankAllocator], ranks: list[int]) -> dict[str, f
         "adalora/rank_mean": sum(ranks) / len(ranks),
         "adalora/rank_max": max(ranks),
     }
+    changes = [allocator.last_mask_change for allocator in allocators]
+    kept = sum(change.kept for change in changes if change is not None)
+    if kept:
+        figures["adalora/churn"] = sum(change.revived for change in changes if change is not None) / kept
     values = [allocator.regulariser.value for allocator in allocators]
     if any(value is not None for value in values):
         figures["adalora/orthogonality"] = sum(float(value) for value in values if value is not None)

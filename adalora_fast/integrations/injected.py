@@ -31,6 +31,7 @@ from adalora_fast.integrations.checkpoints import move_files
 from adalora_fast.integrations.layers import adapter_layers, fuse_layer
 from adalora_fast.integrations.locate import HANDLE, peft_models
 from adalora_fast.integrations.peft import (
+    ALLOCATOR_SETTINGS,
     FusedAdaLoraModel,
     check_model,
     check_rank_pattern,
@@ -337,7 +338,7 @@ def _try(model: PeftModel, options: dict) -> None:
         return
     pattern = tuner.peft_config[name].rank_pattern
     check_rank_pattern(pattern)
-    settings = {key: options[key] for key in ("score", "smoothing", "score_gradient")}
+    settings = {key: options[key] for key in ALLOCATOR_SETTINGS}
     scratch = SimpleNamespace(
         trainable_adapter_name=name,
         peft_config=tuner.peft_config,

@@ -101,9 +101,19 @@ def _allocation(facts: Mapping[str, Any] | None) -> list[str]:
     schedule_text = ", ".join(f"{name} {schedule[name]}" for name in ("tinit", "tfinal", "deltaT"))
     return [
         f"Importance score `{facts['score']}`, smoothing `{facts['smoothing']}`, of the "
-        f"{facts['score_gradient']} gradient; step {facts['t']} of {schedule['total_step']} "
-        f"({schedule_text}); {state}."
+        f"{facts['score_gradient']} gradient{_stability(facts)}; step {facts['t']} of "
+        f"{schedule['total_step']} ({schedule_text}); {state}."
     ]
+
+
+def _stability(facts: Mapping[str, Any]) -> str:
+    """What is unlike AdaLoRA in how triplets are scored and kept; "" where nothing is."""
+    parts = [
+        "of λ alone" if facts["triplet"] == "lambda" else "",
+        f"hysteresis {facts['hysteresis']:g}" if facts["hysteresis"] else "",
+        "λ remembered" if facts["remember"] else "",
+    ]
+    return "".join(f", {part}" for part in parts if part)
 
 
 def ranks_table(ranks: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
-from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator
+from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator, check_weights
 from adalora_fast.allocator_state import is_sharded
 from adalora_fast.distributed import all_finite, refuse_emptied, whole
 from adalora_fast.integrations.adapters import WithAdapters, check_names
@@ -27,9 +27,13 @@ from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
 from adalora_fast.regulariser import Regulariser
-from adalora_fast.scores import get_score, resolve_smoothing
+from adalora_fast.scores import Score, get_score, resolve_smoothing
 from adalora_fast.shards import shards_of
+from adalora_fast.stability import check_stability
+from adalora_fast.statistics import check_triplet
 
+# What `fuse` hands on to every allocator of the model.
+ALLOCATOR_SETTINGS = ("score", "smoothing", "score_gradient", "weights", "triplet", "hysteresis", "remember")
 FORGOTTEN_AFTER = 100  # optimizer steps without one allocator step
 
 
@@ -216,10 +220,14 @@ def __getattr__(name: str):
 
 def fuse(
     model: nn.Module,
-    score: str = "sensitivity",
+    score: str | Score = "sensitivity",
     *,
     smoothing: str | None = None,
     score_gradient: str = "total",
+    weights: str = "after",
+    triplet: str = "full",
+    hysteresis: float = 0.0,
+    remember: bool = False,
     orth_penalty: str = "fro",
     precision: str = "default",
 ) -> nn.Module:
@@ -233,9 +241,10 @@ def fuse(
         model: what ``get_peft_model(base, AdaLoraConfig(...))`` or ``PeftModel.from_pretrained`` returned, a
             model after ``add_adapter`` or ``inject_adapter_in_model``, or any module with such models in it,
             all of which are fused (:mod:`adalora_fast.integrations.injected`).
-        score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude`` or a registered
-            name.
-        smoothing, score_gradient: see :class:`adalora_fast.RankAllocator`.
+        score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude``, a registered name
+            or a :class:`adalora_fast.scores.Score`.
+        smoothing, score_gradient, weights, triplet, hysteresis, remember: see
+            :class:`adalora_fast.RankAllocator`.
         orth_penalty: ``"fro"`` (PEFT's) or ``"squared"`` (the paper's).
         precision: ``"default"`` or ``"highest"``, see :func:`adalora_fast.ops.adalora_linear`.
 
@@ -254,6 +263,10 @@ def fuse(
             score=score,
             smoothing=smoothing,
             score_gradient=score_gradient,
+            weights=weights,
+            triplet=triplet,
+            hysteresis=hysteresis,
+            remember=remember,
             orth_penalty=orth_penalty,
             precision=precision,
         )
@@ -263,6 +276,9 @@ def fuse(
         raise ValueError(f"score_gradient {score_gradient!r} is not one of {SCORE_GRADIENTS}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {PRECISIONS}")
+    check_weights(weights)
+    check_triplet(triplet)
+    check_stability(hysteresis, remember)
     if orth_penalty not in PENALTIES:
         raise ValueError(f"orth_penalty {orth_penalty!r} is not one of {PENALTIES}")
     for settings in tuner.peft_config.values():
@@ -277,7 +293,15 @@ def fuse(
         finished = pattern is not None and is_finished(tuner, adapter)
     previous = getattr(tuner, "rankallocator", None)
     tuner.rankallocator = None
-    settings = {"score": score, "smoothing": smoothing, "score_gradient": score_gradient}
+    settings = {
+        "score": score,
+        "smoothing": smoothing,
+        "score_gradient": score_gradient,
+        "weights": weights,
+        "triplet": triplet,
+        "hysteresis": hysteresis,
+        "remember": remember,
+    }
     tuner.allocator_settings = settings
     tuner.orth_penalty, tuner.precision = orth_penalty, precision
     if config is not None:

@@ -24,7 +24,8 @@ class AdaLoraCallback(TrainerCallback):
 
     Put into ``Trainer(callbacks=[AdaLoraCallback()])``, or ``AdaLoraCallback().install(trainer)`` if
     TensorBoard, W&B or another reporter shall see its figures: ``adalora/budget``, ``adalora/rank_min``,
-    ``_mean`` and ``_max`` over the layers, ``adalora/orthogonality`` (R), in training logs. The Trainer's
+    ``_mean`` and ``_max`` over the layers, ``adalora/churn`` (the share of the kept triplets that came back
+    with the last mask), ``adalora/orthogonality`` (R), in training logs. The Trainer's
     model may be any that :func:`fuse` takes; of several adapted models in it each keeps a budget of its own.
     γ ∇R reaches the gradients once per optimizer step whoever builds the loss
     (:mod:`adalora_fast.regulariser`). Checkpoints carry the allocator (the model's ``save_pretrained`` writes
@@ -38,8 +39,9 @@ class AdaLoraCallback(TrainerCallback):
         tinit, tfinal: steps (int) or fractions of the run (float in [0, 1)). None: the config's own value if
             it is above zero and ``total_step`` is not ``"auto"``, else 0.1 and 0.3 of the run.
         deltaT: steps between two masks; None: the config's.
-        score, smoothing, score_gradient, orth_penalty, precision: for :func:`fuse`, if the model is not fused
-            yet; on a fused one, a ``score`` that differs from its own is an error.
+        score, smoothing, score_gradient, weights, triplet, hysteresis, remember, orth_penalty, precision:
+            for :func:`fuse`, if the model is not fused yet; on a fused one, a ``score`` that differs from its
+            own is an error.
 
     Raises:
         ValueError: (at the start of training) a schedule that does not fit the run, naming both numbers.

@@ -46,7 +46,8 @@ def warn_of_trained(allocator: RankAllocator, adapter: str) -> None:
     if any(not values.is_meta and values.any() for values in allocator.lambdas()):
         warnings.warn(
             f"{TRAINED}, and the allocator starts at step 0 with empty "
-            "statistics; to go on with a checkpoint's run, call "
+            f"statistics{' and no remembered λ' if allocator.remember else ''}; to go on with a checkpoint's "
+            "run, call "
             f"model.load_adapter(folder, {adapter!r}, is_trainable=True) now, which reads its state",
             UserWarning,
             stacklevel=3,

@@ -64,6 +64,14 @@ def test_every_score(pair, score):
     same_run(results[0], alone(score=score))
 
 
+@pytest.mark.parametrize("options", [{"hysteresis": 0.5}, {"remember": True}, {"triplet": "lambda"}], ids=str)
+def test_stable_allocation(pair, options):
+    options = {"score": "movement", "smoothing": "none", "deltaT": 1, **options}
+    results = pair.run(run, "layers and root", **options)
+    agree(results)
+    same_run(results[0], alone(**options))
+
+
 @pytest.mark.parametrize("ranks", [(1, 3, 5), (5, 1, 1), (2, 6, 1)], ids=str)
 def test_processes_that_hold_no_triplet_of_a_layer(pair, ranks):
     options = {"ranks": ranks, "target_total_rank": 3}

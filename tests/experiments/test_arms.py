@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from adalora_fast import AdaLoraLinear, RankAllocator
-from adalora_fast.experiments.arms import OTHER_METHODS, by_lot, parse_arm, register_nulls, uniform
+from adalora_fast.experiments.arms import OTHER_METHODS, parse_arm
+from adalora_fast.experiments.nulls import by_lot, register_nulls, uniform
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.scores import score_names
 

@@ -14,7 +14,9 @@ OTHER = {  # a value for every field that is not its default
     "orth_reg_weight": 0.7, "beta1": 0.6, "beta2": 0.65, "classifier_dropout": 0.35, "dropout": 0.15,
     "precision": "bf16", "train_rows": 11, "evaluation_rows": 12, "stride": 13, "n_best": 3,
     "max_answer_length": 7, "beams": 2, "matrices": ("query",), "adapter_dropout": 0.05, "bottleneck": 9,
-    "virtual_tokens": 4, "train_biases": True,
+    "virtual_tokens": 4, "train_biases": True, "triplet": "lambda", "orth_penalty": "squared",
+    "weights": "before", "hysteresis": 0.5, "remember": True,
+    "redraw": 0.3, "ranks_from": "fisher", "shuffled": True,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ OTHER = {
     "adapters": ["a", "b"],
     "task": "rte", "model": "other", "method": "lora", "score": "fisher", "smoothing": "sum",
     "score_gradient": "task", "seed": 1, "held_out": 0.1, "data_dir": "/data", "dtype": "bfloat16",
-    "attention": "eager", "compile": True, "recipe": Recipe(epochs=9),
+    "attention": "eager", "compile": True, "record_scores": True, "recipe": Recipe(epochs=9),
 }  # fmt: skip
 
 
@@ -92,7 +92,9 @@ def test_every_setting_of_the_recipe_counts(tmp_path, name):
     complete(tmp_path / "run")
     others = {"target_r": 4, "classifier_dropout": 0.4, "beta1": 0.5, "beta2": 0.5}
     others |= {"dropout": 0.2, "precision": "bf16", "train_rows": 5, "evaluation_rows": 5}
-    others |= {"matrices": ("query",), "adapter_dropout": 0.1, "train_biases": True}
+    others |= {"matrices": ("query",), "adapter_dropout": 0.1, "train_biases": True, "triplet": "lambda"}
+    others |= {"orth_penalty": "squared", "weights": "before"}
+    others |= {"hysteresis": 0.5, "remember": True, "redraw": 0.3, "ranks_from": "fisher", "shuffled": True}
     value = others[name] if name in others else getattr(SETTINGS.recipe, name) * 2
     with pytest.raises(ValueError, match=rf"holds a run with recipe\.{name} = "):
         open_run(tmp_path / "run", replace(SETTINGS, recipe=replace(SETTINGS.recipe, **{name: value})))

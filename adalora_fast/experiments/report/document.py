@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .contrasts import Contrasts
 from .sections_contrasts import against_nulls, pairwise, verdicts_that_changed, what_could_be_seen
+from .sections_masks import masks
 from .sections_ranks import rank_agreement, rank_stability
 from .sections_results import beside_published, checkpoints, results
 from .sections_run import commands, costs, what_is_missing, what_was_run
@@ -22,7 +23,7 @@ def document(
     sweep: Sweep, contrasts: Contrasts, figures: dict[str, Sequence[tuple[str, str]]], remarks: Sequence[str]
 ) -> str:
     """The whole report. `figures` are (file name, what it shows) by the section that they close: results,
-    contrasts, curves, ranks or agreement.
+    contrasts, curves, churn, ranks or agreement.
     """
     sections = (
         ("What was run", what_was_run(sweep), ""),
@@ -35,6 +36,7 @@ def document(
         ("Scores against uniform, random and plain LoRA", against_nulls(sweep, contrasts), ""),
         ("Training", "Budget, development metric and importance scores by step." if figures["curves"]
          else "No run logged its steps.", "curves"),
+        ("Masks: churn, and what scores are made of", masks(sweep), "churn"),
         ("Where rank goes: stability over seeds", rank_stability(sweep), "ranks"),
         ("Where rank goes: agreement between arms", rank_agreement(sweep), "agreement"),
         ("Parameters and time", costs(sweep), ""),

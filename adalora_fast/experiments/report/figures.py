@@ -10,10 +10,12 @@ from ..plan_contrasts import added_contrasts, default_contrasts
 from ..plots.agreement import agreement_figure
 from ..plots.contrasts import Bar, contrasts_figure
 from ..plots.curves import curves_figure
+from ..plots.masks import churn_figure
 from ..plots.ranks import rank_figure
 from ..plots.style import arm_styles, save, styled
 from .contrasts import AVERAGE, Contrast, Contrasts
-from .logs import ArmCurves, arm_curves
+from .logs import ArmCurves, Curve, arm_curves
+from .masks import churn_curve
 from .rank_maps import adapted_matrices, agreement, rank_maps, varies
 from .sweep import NULLS, Sweep
 from .tables import task_heading, task_name
@@ -28,7 +30,7 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
         ((file name, what it shows) by section; a line for every picture that could not be drawn).
     """
     figures: dict[str, list[tuple[str, str]]] = {
-        name: [] for name in ("contrasts", "curves", "ranks", "agreement")
+        name: [] for name in ("contrasts", "curves", "churn", "ranks", "agreement")
     }
     remarks: list[str] = []
 
@@ -57,7 +59,10 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
             }
             if any(curve.budget is not None or curve.metric is not None for curve in curves.values()):
                 figure = curves_figure(
-                    {arm: without_scores(own) if arm in NULLS else own for arm, own in curves.items()},
+                    {
+                        arm: own if arm.partition("-")[0] not in NULLS else without_scores(own)
+                        for arm, own in curves.items()
+                    },
                     styles=arm_styles(sweep.plan.arms),
                     heading=task_heading(sweep, task),
                 )
@@ -79,12 +84,27 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
                 if "nothing to draw" not in str(error):
                     raise
                 remarks.append(f"{task_name(task)}: no picture of the ranks ({error})")
+        churn = churn_panels(sweep)
+        if churn:
+            words = "Churn by step: the part of the kept triplets that the mask before had pruned"
+            keep("churn", "churn", churn_figure(churn, styles=arm_styles(sweep.plan.arms)), words)
         tables = {task_name(task): agreement(sweep, task) for task in sweep.plan.tasks}
         tables = {name: (arms, table) for name, (arms, table) in tables.items() if len(arms) > 1}
         if tables:
             words = "Spearman's correlation between the arms' mean rank maps"
             keep("agreement", "agreement", agreement_figure(tables), words)
     return figures, remarks
+
+
+def churn_panels(sweep: Sweep) -> dict[str, dict[str, Curve]]:
+    """Heading of a task → arm → churn by step, of the arms that have logged their masks."""
+    panels = {}
+    for task in sweep.plan.tasks:
+        curves = {arm: churn_curve(list(sweep.of(task, arm).values())) for arm in sweep.plan.arms}
+        curves = {arm: curve for arm, curve in curves.items() if curve is not None}
+        if curves:
+            panels[task_heading(sweep, task)] = curves
+    return panels
 
 
 def without_scores(curves: ArmCurves) -> ArmCurves:

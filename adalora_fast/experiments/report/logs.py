@@ -38,12 +38,12 @@ def arm_curves(runs: list[Run]) -> ArmCurves:
         _column(lines, "budget") or _column(log, "adalora/budget") for lines, log in zip(allocations, logs)
     ]
     scores = {
-        name: _join([{step: entry[name] for step, entry in _scores(lines).items()} for lines in allocations])
+        name: join([{step: entry[name] for step, entry in _scores(lines).items()} for lines in allocations])
         for name in QUANTILES
     }
     return ArmCurves(
-        budget=_join(budgets),
-        metric=_join([_evaluations(run, log) for run, log in zip(runs, logs)]),
+        budget=join(budgets),
+        metric=join([_evaluations(run, log) for run, log in zip(runs, logs)]),
         scores={name: curve for name, curve in scores.items() if curve is not None},
     )
 
@@ -75,7 +75,8 @@ def _evaluations(run: Run, log: list[dict]) -> dict[int, float]:
     }
 
 
-def _join(seeds: list[dict[int, float]]) -> Curve | None:
+def join(seeds: list[dict[int, float]]) -> Curve | None:
+    """The curve over the steps that all seeds have; None where there are none."""
     steps = sorted(set.intersection(*(set(own) for own in seeds))) if seeds else []
     if not steps:
         return None

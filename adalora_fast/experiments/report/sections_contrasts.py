@@ -111,8 +111,7 @@ def pairwise(sweep: Sweep, contrasts: Contrasts) -> str:
 
 def against_nulls(sweep: Sweep, contrasts: Contrasts) -> str:
     """Every score minus what does not look at importance: uniform ranks, random triplets, plain LoRA."""
-    every = (*NULLS, "lora")
-    rivals = [arm for arm in every if arm in sweep.plan.arms]
+    rivals = [arm for arm in sweep.plan.arms if arm.partition("-")[0] in NULLS or arm == "lora"]
     if not rivals or not sweep.plan.scores:
         return "The plan has no uniform, random or lora arm to set the scores against."
     found, rows = [], []
@@ -130,7 +129,7 @@ def against_nulls(sweep: Sweep, contrasts: Contrasts) -> str:
         markdown(("task", "score", *(f"− {rival}" for rival in rivals)), rows, left=2),
     ]
     parts += [_count([c for c in found if c.b == rival], rival) for rival in rivals]
-    absent = [arm for arm in every if arm not in rivals]
+    absent = [arm for arm in ("uniform", "random", "lora") if arm not in rivals]
     if absent:
         parts.append(f"Not in the plan: {', '.join(absent)}.")
     return "\n\n".join(parts)

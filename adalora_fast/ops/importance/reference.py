@@ -261,9 +261,24 @@ def element_scores(rows: dict[str, Tensor], score: str, smoothing: str) -> Tenso
 def triplet_scores(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:
     """S of every triplet [T]."""
     layout = layout_of(parameters, score)
-    names = statistic_names(score, smoothing)
     scores = torch.zeros(sum(layout.ranks), dtype=statistics.dtype, device=statistics.device)
-    for group, index in zip(layout.groups, layout.triplet_index(scores.device), strict=True):
-        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
-        scores.index_add_(0, index, group.triplet_means(element_scores(rows, score, smoothing)).flatten())
+    for _, index, means in _triplet_means(layout, statistics, score, smoothing):
+        scores.index_add_(0, index, means)
     return scores
+
+
+def triplet_terms(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:
+    """What lora_A, lora_E and lora_B (``KINDS``) add to S of every triplet [3, T]."""
+    layout = layout_of(parameters, score)
+    terms = torch.zeros(len(KINDS), sum(layout.ranks), dtype=statistics.dtype, device=statistics.device)
+    for kind, index, means in _triplet_means(layout, statistics, score, smoothing):
+        terms[KINDS.index(kind)].index_add_(0, index, means)
+    return terms
+
+
+def _triplet_means(layout: Layout, statistics: Tensor, score: str, smoothing: str):
+    """(kind, positions in the score vector, means of the element scores) of every group."""
+    names = statistic_names(score, smoothing)
+    for group, index in zip(layout.groups, layout.triplet_index(statistics.device), strict=True):
+        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
+        yield group.kind, index, group.triplet_means(element_scores(rows, score, smoothing)).flatten()
