@@ -285,7 +285,11 @@ def test_verdicts_beside_those_of_an_earlier_method(tmp_path):
         "| RTE | fisher − sensitivity | +14" in text
         and "| not decided | 0.200 | differs | &lt; 0.001 |" in text
     )
-    assert "| differs | 0.200 | exploratory | – | 1.000 |" in text and "lora − sensitivity" not in text
+    assert (
+        "| differs | 0.200 | exploratory | – | 1.000 |" in text
+        and "over all pairs" in text
+        and "lora − sensitivity" not in text
+    )
     write_json(folder / "verdicts-before.json", {"method": "Another one.", "verdicts": entries[1:2]})
     assert "No verdict changed." in write_report(folder)[0].read_text()
     write_json(folder / "verdicts-before.json", {"verdicts": [{}]})

@@ -106,6 +106,7 @@ def compare(task: str, values: Values, sweep: Sweep) -> list[Contrast]:
         if seeds:
             estimates[a, b] = estimate(np.stack([values[a, s] - values[b, s] for s in seeds]))
     family = [pair for pair in plan.declared if pair in estimates]
+    others = [pair for pair in estimates if pair not in family]
     corrected = dict(zip(family, holm([estimates[pair].bounds.p for pair in family]), strict=True))
     return [
         Contrast(
@@ -117,7 +118,8 @@ def compare(task: str, values: Values, sweep: Sweep) -> list[Contrast]:
             holm_p=corrected.get(pair),
             verdict=verdict(own, corrected[pair], plan.margin) if pair in corrected else exploratory(own),
         )
-        for pair, own in sorted(estimates.items(), key=lambda each: each[0] not in corrected)
+        for pair in (*family, *others)
+        for own in [estimates[pair]]
     ]
 
 

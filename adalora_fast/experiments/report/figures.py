@@ -41,10 +41,13 @@ def draw_figures(sweep: Sweep, contrasts: Contrasts, folder: Path) -> tuple[Figu
     with styled():
         panels = forest_panels(sweep, contrasts)
         if panels:
-            words = (
-                "Declared contrasts, and what is exploratory against "
-                f"{sweep.plan.ordered_arms[0]}, in points with 95 % intervals (thick: 90 %), not corrected "
-                "for their number; colours and markers are the verdicts, which are"
+            shown = [bar for _, rows in panels for _, bar in rows if bar is not None]
+            words = "Declared contrasts"
+            if any(bar.words == "exploratory" for bar in shown):
+                words += ", and the exploratory ones against the baseline,"
+            words += (
+                " in points with 95 % intervals (thick: 90 %), not corrected for their number; colours and "
+                "markers are the verdicts, which are"
             )
             if any(contrast.seeds == 1 for contrast in contrasts.all):
                 words += "; with one seed in common, the examples' chance alone"

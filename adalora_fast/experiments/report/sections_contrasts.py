@@ -5,7 +5,7 @@ from typing import Any
 
 from .contrasts import AVERAGE, Contrast, Contrasts
 from .power import DIFFERENCES, POWER, Variances, seeds_needed, smallest_difference
-from .statistics import DIFFERS
+from .statistics import DIFFERS, holm
 from .sweep import NULLS, Sweep
 from .tables import markdown, task_name
 
@@ -71,7 +71,7 @@ def declaration(sweep: Sweep) -> str:
     if plan.contrasts is None:
         return (
             "The plan declares no contrasts of its own, so they are every other arm against "
-            f"{plan.ordered_arms[0]}: {listed}."
+            f"{plan.declared[0][1]}: {listed}."
         )
     text = f"Declared in the plan: {listed}."
     for entry in plan.amended:
@@ -97,9 +97,9 @@ def pairwise(sweep: Sweep, contrasts: Contrasts) -> str:
     declared = [contrast for task in tasks for contrast in contrasts.declared(task)]
     if declared:
         parts += ["Declared contrasts:", contrast_table(sweep, declared)]
-    against = [c for c in declared if c.b == sweep.plan.ordered_arms[0]]
-    if against:
-        parts.append(_count(against, sweep.plan.ordered_arms[0]))
+    rivals = {contrast.b for contrast in declared}
+    if len(rivals) == 1:
+        parts.append(_count(declared, *rivals))
     others = [c for task in tasks for c in contrasts.of(task) if not c.is_declared]
     if len(others) >= FOLDED:
         table = contrast_table(sweep, others)
@@ -215,6 +215,12 @@ def verdicts_that_changed(sweep: Sweep, contrasts: Contrasts) -> str:
     if before is None:
         return ""
     rows = []
+    of_all = {
+        (c.task, frozenset((c.a, c.b))): p
+        for task in (*sweep.plan.tasks, AVERAGE)
+        for own in [contrasts.of(task)]
+        for c, p in zip(own, holm([each.estimate.bounds.p for each in own]), strict=True)
+    }
     for entry in before["verdicts"]:
         contrast = contrasts.between(entry["task"], entry["a"], entry["b"])
         if contrast is not None and _is_news(entry["verdict"], contrast):
@@ -222,12 +228,19 @@ def verdicts_that_changed(sweep: Sweep, contrasts: Contrasts) -> str:
                 task_name(contrast.task), f"{contrast.a} − {contrast.b}", signed(contrast.estimate.value),
                 entry["verdict"], probability(entry["holm_p"]), contrast.verdict,
                 "–" if contrast.holm_p is None else probability(contrast.holm_p),
-                probability(contrast.estimate.bounds.p),
+                probability(of_all[contrast.task, frozenset((contrast.a, contrast.b))]),
             ))  # fmt: skip
     text = f"Before: {before['method']}"
     if not rows:
         return f"{text}\n\nNo verdict changed."
-    head = ("task", "arms", "difference", "before", "Holm's p before", "now", "Holm's p now", "p now")
+    text += (
+        "\n\nTwo things are new, the standard error and the pairs over which Holm corrects; the last column "
+        "is the new p corrected over all pairs, as before, so that it shows the first alone."
+    )
+    head = (
+        "task", "arms", "difference", "before", "Holm's p before", "now", "Holm's p now",
+        "Holm's p now, over all pairs",
+    )  # fmt: skip
     return f"{text}\n\n{markdown(head, rows, left=2)}"
 
 
