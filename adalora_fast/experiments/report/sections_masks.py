@@ -14,7 +14,7 @@ WORDS = (
     "often a triplet came back in a run, per triplet of the final budget. *Share*: what λ's own score and "
     "the means over Q and P add to S, in per cent of the sum of their sizes. *ρ(λ, S)*: Spearman's "
     "correlation of λ's own score with S over the triplets. *Same mask*: the part of the kept triplets that "
-    "λ's own score would have kept, in per cent. Nulls score nothing."
+    "λ's own score would have kept without hysteresis, in per cent. Nulls score nothing."
 )
 
 
