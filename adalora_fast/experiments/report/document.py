@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from .contrasts import Contrasts
 from .sections_contrasts import against_nulls, pairwise, verdicts_that_changed, what_could_be_seen
 from .sections_masks import masks
-from .sections_ranks import rank_agreement, rank_stability
+from .sections_ranks import rank_across_tasks, rank_agreement, rank_stability
 from .sections_results import beside_published, checkpoints, results
 from .sections_run import commands, costs, what_is_missing, what_was_run
 from .sweep import Sweep
@@ -38,6 +38,7 @@ def document(
          else "No run logged its steps.", "curves"),
         ("Masks: churn, and what scores are made of", masks(sweep), "churn"),
         ("Where rank goes: stability over seeds", rank_stability(sweep), "ranks"),
+        ("Where rank goes: agreement between tasks", rank_across_tasks(sweep), ""),
         ("Where rank goes: agreement between arms", rank_agreement(sweep), "agreement"),
         ("Parameters and time", costs(sweep), ""),
         ("Missing runs and remarks", what_is_missing(sweep, (*contrasts.remarks, *remarks)), ""),

@@ -90,6 +90,18 @@ def stability(maps: np.ndarray) -> Stability | None:
     )
 
 
+def across_tasks(sweep: Sweep, arm: str) -> tuple[int, float | None]:
+    """(tasks of which the arm has maps over the same matrices; the mean Spearman over pairs of their mean
+    maps). None for fewer than two tasks, or where a mean map is constant.
+    """
+    maps = {task: rank_maps(sweep, task, arm) for task in sweep.plan.tasks}
+    maps = {task: own.mean(axis=0) for task, own in maps.items() if varies(own)}
+    if len({tuple(adapted_matrices(sweep, task, arm)) for task in maps}) != 1:
+        return len(maps), None
+    found = [spearman(a, b) for a, b in combinations(maps.values(), 2)]
+    return len(maps), float(np.mean(found)) if found and None not in found else None
+
+
 def agreement(sweep: Sweep, task: str) -> tuple[list[str], np.ndarray]:
     """(arms whose ranks vary; Spearman's correlations [arms, arms] of their mean rank maps over seeds).
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .rank_maps import agreement, rank_maps, stability, varies
+from .rank_maps import across_tasks, agreement, rank_maps, stability, varies
 from .sweep import Sweep
 from .tables import markdown, task_name
 
@@ -64,6 +64,24 @@ def rank_agreement(sweep: Sweep) -> str:
     if any(np.isnan(table).any() for table in tables):
         head += " –: the arms adapt different matrices, or the mean ranks of one are all equal."
     return "\n\n".join([head, *parts])
+
+
+def rank_across_tasks(sweep: Sweep) -> str:
+    """Per arm: how far its mean rank maps of different tasks agree; "" where there is one task."""
+    if len(sweep.plan.tasks) < 2:
+        return ""
+    rows = []
+    for arm in sweep.plan.arms:
+        tasks, correlation = across_tasks(sweep, arm)
+        if correlation is not None:
+            rows.append((arm, tasks, f"{correlation:.2f}"))
+    if not rows:
+        return "No arm has rank maps of two tasks that could be compared."
+    text = (
+        "Spearman's correlation of the final ranks, averaged over seeds, of two tasks: the mean over all "
+        "pairs of tasks. Ranks that agree across tasks show the model rather than the task."
+    )
+    return f"{markdown(('arm', 'tasks', 'Spearman'), rows)}\n\n{text}"
 
 
 def _correlation(value: float) -> str:
