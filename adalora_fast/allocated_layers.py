@@ -77,7 +77,8 @@ class AllocatedLayers:
     def score_terms(self) -> dict[str, Tensor] | None:
         """What S was made of at the last mask: s(λ) as ``lora_E``, mean_j s(Q_j) as ``lora_A`` and
         mean_j s(P_j) as ``lora_B``, each [T], their sum being :meth:`scores`; None before the first mask, and
-        unless ``keep_terms`` was set (it costs another pass over the statistics at every mask).
+        unless ``keep_terms`` was set (it costs another pass over the statistics at every mask; a recorded
+        step leaves it out).
         """
         return None if self._terms is None else {kind: term.clone() for kind, term in self._terms.items()}
 

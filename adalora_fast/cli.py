@@ -224,6 +224,8 @@ class Analyze:
     """Paths: of all runs, of runs that differ in the seed alone, or of all others."""
     most_pairs: int | None = None
     """Paths: at most so many pairs of every two groups of runs, by lot (default: all)."""
+    generate: bool = False
+    """Paths of translation runs: also BLEU and chrF, which takes many times as long."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes matrix products of bfloat16 numbers: faster, losses differ in the third digit."""
 
@@ -237,7 +239,8 @@ class Analyze:
             given |= {"layer": self.layer, "layers": self.layers, "batch_size": self.batch_size}
             analyze_cka(self.folders, cache=self.cache, **given, **common)
         else:
-            chosen = {name: getattr(self, name) for name in ("points", "rows", "pairs", "most_pairs")}
+            names = ("points", "rows", "pairs", "most_pairs", "generate")
+            chosen = {name: getattr(self, name) for name in names}
             analyze_connectivity(self.folders, **chosen, **common)
         console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
 
@@ -268,11 +271,13 @@ class Soup:
     """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else that of the runs)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes matrix products of bfloat16 numbers: faster, losses differ in the third digit."""
+    generate: bool = False
+    """Translation runs: also BLEU and chrF, which takes many times as long."""
 
     def run(self, console: "Console") -> None:
         from adalora_fast.analysis import AnalysisProgress, make_soup
 
-        names = ("recipe", "save", "rank", "selection", "split", "model", "precision")
+        names = ("recipe", "save", "rank", "selection", "split", "model", "precision", "generate")
         options = {name: getattr(self, name) for name in names}
         options |= {"data_dir": _data_dir(self.data_dir), "progress": AnalysisProgress(console)}
         make_soup(self.folders, self.output, **options)

@@ -17,14 +17,14 @@ from adalora_fast.environment import write_json, write_text
 
 from . import plots
 from .cka import FEWEST_ROWS, MinibatchCKA, cka_matrix
-from .common import header, make_folder, of_split, open_in_order, some_of
+from .common import data_of, header, make_folder, of_split, open_in_order, some_of
 from .connectivity import describe_path, grid
 from .evaluations import Evaluations, hash_of_rows, mixture_of
 from .features import FeatureReader
 from .groups import group_means, groups_of, pairs_of
 from .progress import AnalysisProgress, Silent
 from .report import cka_report, connectivity_report
-from .rows import Evaluation, RowSet, read_rows
+from .rows import Evaluation, read_rows
 from .saved import names_of
 from .shared import SharedModel, check_precision
 
@@ -74,7 +74,9 @@ def analyze_cka(
     part = some_of(read_rows(settings, split, data_dir), rows)
     make_folder(output)
     shared = SharedModel.load(settings, precision=precision)
-    reader = FeatureReader(shared, part, max_length=settings.recipe.max_length, cache=cache)
+    reader = FeatureReader(
+        shared, part, task=runs[0].task, max_length=settings.recipe.max_length, cache=cache
+    )
     chosen = reader.place(layer)
     wanted = list(range(reader.layers + 1)) if layers else [chosen]
     features = []
@@ -120,6 +122,7 @@ def analyze_connectivity(
     model: str | None = None,
     data_dir: Path | None = None,
     precision: str = "fp32",
+    generate: bool = False,
     progress: AnalysisProgress | None = None,
 ) -> dict[str, Any]:
     """Loss and metrics on the straight paths between runs.
@@ -134,6 +137,7 @@ def analyze_connectivity(
         pairs, most_pairs: which runs to compare, see `groups.pairs_of`.
         rows: how many rows of the split, always the same ones; None takes all.
         split, model, data_dir, precision, progress: see `analyze_cka`.
+        generate: of translations also BLEU and chrF at every point; without it, token accuracy alone.
 
     Raises:
         ValueError, FileNotFoundError: see `analyze_cka`; fewer than three points; no pairs.
@@ -147,7 +151,7 @@ def analyze_connectivity(
     part = some_of(read_rows(settings, split, data_dir), rows)
     make_folder(output)
     shared = SharedModel.load(settings, precision=precision)
-    data = RowSet(settings, {"rows": part}, shared.tokenizer, shared.device)
+    data = data_of(settings, {"rows": part}, shared, generate)
     changes, names = shared.read(runs), names_of(runs)
     prints = [run.fingerprint() for run in runs]
     # Every path as the weights of its two runs, from b (α = 0) to a; a run by itself is its own mixture.
@@ -160,7 +164,7 @@ def analyze_connectivity(
             weights = [alpha, 1 - alpha]
             wanted.setdefault(mixture_of([prints[a], prints[b]], weights), ([a, b], weights))
     file = None if output is None else output / "connectivity.jsonl"
-    with Evaluations(file, hash_of_rows(shared, part, settings)) as done:
+    with Evaluations(file, hash_of_rows(shared, part, settings, generate)) as done:
         missing = {mixture: parts for mixture, parts in wanted.items() if mixture not in done}
         _say_what_is_kept(progress, done, len(wanted) - len(missing), len(wanted))
         with progress.steps("paths", len(missing)) as advance:
@@ -176,7 +180,7 @@ def analyze_connectivity(
         described, gaps = [], np.full((len(runs), len(runs)), np.nan)
         for a, b in compared:
             path = [between(a, b, alpha) for alpha in alphas]
-            described.append({"a": a, "b": b, **describe_path(path, runs[0].task.metrics[0])})
+            described.append({"a": a, "b": b, **describe_path(path, data.primary_metric)})
             gaps[a, b] = gaps[b, a] = described[-1]["convexity_gap"]
         ends = {run: done.get(mixture_of([prints[run]], [1.0])) for pair in compared for run in pair}
     np.fill_diagonal(gaps, 0.0)
@@ -185,7 +189,7 @@ def analyze_connectivity(
         "rows": of_split(part, split, runs[0].task),
         "alphas": alphas.tolist(),
         "pairs": {"which": pairs, "most": most_pairs},
-        "primary_metric": runs[0].task.metrics[0],
+        "primary_metric": data.primary_metric,
         "ends": [asdict(ends[run]) if run in ends else None for run in range(len(runs))],
         "paths": described,
         "convexity_gap": [[None if np.isnan(gap) else gap for gap in row] for row in gaps.tolist()],

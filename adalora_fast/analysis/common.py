@@ -1,17 +1,19 @@
 """What every comparison begins and ends with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adalora_fast.environment import environment, writing_to
 from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.squad import QuestionSplit
-from adalora_fast.experiments.tasks import Split, Task
+from adalora_fast.experiments.tasks import Task, get_task
 
 from .groups import groups_of, in_order
+from .rows import AnyRows, RowSet
 from .saved import SavedRun, names_of, open_runs
+from .shared import SharedModel
+from .translations import PairSet
 
 
 def open_in_order(folders: Sequence[Path | str], model: str | None) -> tuple[list[SavedRun], RunSettings]:
@@ -23,7 +25,22 @@ def open_in_order(folders: Sequence[Path | str], model: str | None) -> tuple[lis
     return runs, settings if model is None else replace(settings, model=model)
 
 
-def some_of(part: Split | QuestionSplit, rows: int | None) -> Split | QuestionSplit:
+def data_of(
+    settings: RunSettings, parts: Mapping[str, AnyRows], shared: SharedModel, generate: bool = False
+) -> RowSet | PairSet:
+    """The rows, ready for the model.
+
+    Raises:
+        ValueError: `generate` for a task that generates nothing.
+    """
+    if get_task(settings.task).kind == "translation":
+        return PairSet(settings, parts, shared.tokenizer, shared.device, generates=generate)
+    if generate:
+        raise ValueError(f"generate is for translations, and these runs are on {settings.task}; leave it out")
+    return RowSet(settings, parts, shared.tokenizer, shared.device)
+
+
+def some_of(part: AnyRows, rows: int | None) -> AnyRows:
     """So many rows, always the same ones; ValueError for fewer than two."""
     if rows is not None and rows < 2:
         raise ValueError(f"{rows} rows are too few to compare runs on; take 2 or more")
@@ -64,6 +81,6 @@ def header(runs: list[SavedRun], settings: RunSettings, precision: str) -> dict[
     }
 
 
-def of_split(part: Split | QuestionSplit, split: str | None, task: Task) -> dict[str, Any]:
+def of_split(part: AnyRows, split: str | None, task: Task) -> dict[str, Any]:
     """Which rows, for result files."""
     return {"split": split or task.evaluation[0], **part.described}

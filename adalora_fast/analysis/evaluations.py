@@ -19,13 +19,11 @@ from typing import IO, Any
 
 from adalora_fast.environment import writing_to
 from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.squad import QuestionSplit
-from adalora_fast.experiments.tasks import Split
 from adalora_fast.experiments.workloads import vocabulary_of
 from adalora_fast.locks import locked
 
 from .features import hash_of_base
-from .rows import Evaluation, content_of
+from .rows import AnyRows, Evaluation, content_of
 from .shared import SharedModel
 
 Mixture = tuple[tuple[str, float], ...]
@@ -37,12 +35,13 @@ def mixture_of(runs: Sequence[str], weights: Sequence[float]) -> Mixture:
     return tuple(sorted((run, round(weight, 9)) for run, weight in zip(runs, weights, strict=True) if weight))
 
 
-def hash_of_rows(shared: SharedModel, rows: Split | QuestionSplit, settings: RunSettings) -> str:
-    """A hash of everything but the runs that decides a loss."""
+def hash_of_rows(shared: SharedModel, rows: AnyRows, settings: RunSettings, generate: bool = False) -> str:
+    """A hash of everything but the runs that decides a loss, and of what is generated beside it."""
     recipe = settings.recipe
     content = [hash_of_base(shared.model), shared.precision, settings.task, content_of(rows)]
     content += [vocabulary_of(shared.tokenizer), recipe.max_length, recipe.stride]
     content += [recipe.n_best, recipe.max_answer_length]
+    content += [recipe.beams] if generate else []
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

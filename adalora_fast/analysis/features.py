@@ -17,32 +17,36 @@ from transformers import DataCollatorWithPadding
 from adalora_fast.environment import writing_to
 from adalora_fast.experiments.families import family_of, is_of_head
 from adalora_fast.experiments.squad import QuestionSplit
-from adalora_fast.experiments.tasks import Split
+from adalora_fast.experiments.tasks import Task
+from adalora_fast.experiments.translation import PairSplit
 from adalora_fast.experiments.workloads import vocabulary_of
 
 from .changes import RunChange
-from .rows import batches_of, tokens_for
+from .rows import AnyRows, batches_of, tokens_for
 from .saved import SavedRun
 from .shared import SharedModel
+from .translations import mean_decoder_states
 
 
 class FeatureReader:
     """Representations of the same texts in any run of one base model.
 
-    `cache`: a folder in which they are kept, all layers of a run in one file, under a hash of everything that
-    they are made from: base weights, the run's trained files, texts, vocabulary, token limit and precision.
-    None keeps nothing.
+    `task` is needed for translations, whose representations are the decoder's. `cache`: a folder in which
+    they are kept, all layers of a run in one file, under a hash of everything that they are made from: base
+    weights, the run's trained files, texts, vocabulary, token limit and precision. None keeps nothing.
     """
 
     def __init__(
         self,
         shared: SharedModel,
-        rows: Split | QuestionSplit,
+        rows: AnyRows,
         *,
+        task: Task | None = None,
         max_length: int,
         cache: Path | None = None,
     ) -> None:
         self.shared, self.cache = shared, cache
+        self._rows, self._task = rows, task
         self._texts = texts_of(rows)
         self._max_length = max_length
         content = [hash_of_base(shared.model), self._texts, vocabulary_of(shared.tokenizer), max_length]
@@ -51,8 +55,9 @@ class FeatureReader:
 
     @property
     def layers(self) -> int:
-        """How many there are besides the embeddings, which are layer 0."""
-        return self.shared.model.config.num_hidden_layers
+        """How many there are besides the embeddings, which are layer 0; of translations the decoder's."""
+        config = self.shared.model.config
+        return config.decoder_layers if isinstance(self._rows, PairSplit) else config.num_hidden_layers
 
     def place(self, layer: int) -> int:
         """`layer` counted from the embeddings; −1 is the last one. ValueError where there is none."""
@@ -68,10 +73,16 @@ class FeatureReader:
         if kept is not None:
             return kept
         with self.shared.mixed([change], [1.0]) as model:
-            values = mean_states(model, self.shared.tokenizer, self._texts, max_length=self._max_length)
+            values = self._states(model)
         if path is not None:
             _write(path, values)
         return [values[place] for place in places]
+
+    def _states(self, model: nn.Module) -> np.ndarray:
+        tokenizer, length = self.shared.tokenizer, self._max_length
+        if isinstance(self._rows, PairSplit):
+            return mean_decoder_states(model, tokenizer, self._task, self._rows, max_length=length)
+        return mean_states(model, tokenizer, self._texts, max_length=length)
 
     def _key(self, run: SavedRun) -> str:
         digest = self._fixed.copy()
@@ -79,8 +90,10 @@ class FeatureReader:
         return digest.hexdigest()[:32]
 
 
-def texts_of(rows: Split | QuestionSplit) -> tuple[list[str], ...]:
+def texts_of(rows: AnyRows) -> tuple[list[str], ...]:
     """One list of texts, or two of pairs."""
+    if isinstance(rows, PairSplit):
+        return rows.sources, rows.targets
     return (rows.questions, rows.contexts) if isinstance(rows, QuestionSplit) else rows.texts
 
 

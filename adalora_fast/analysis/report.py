@@ -112,7 +112,7 @@ def soup_report(result: Result) -> str:
         ("greedy soup", result["greedy"]),
         *([("averaging soup", result["averaging"])] if "averaging" in result else []),
         ("uniform soup", result["uniform"]),
-        ("ensemble of logits", result["ensemble"]),
+        *([("ensemble of logits", result["ensemble"])] if result["ensemble"] is not None else []),
     ]
     greedy = result["greedy"]["weights"]
     order = sorted(
@@ -132,9 +132,10 @@ def soup_report(result: Result) -> str:
             [[names[run], f"{greedy[run]:.4g}", *cells(result["members"][run])] for run in order],
         ),
         "Metrics in points. The greedy soup's loss on the selection rows is never above its best member's, "
-        "by its recipe; on the reported rows it may be. The ensemble computes all members for every row.",
+        "by its recipe; on the reported rows it may be.",
         "What a soup may be compared with: on the reported rows, the best member (one model as well, at the "
-        "same cost) and the ensemble (its rival, at the cost of all members). The selection rows have chosen "
+        "same cost) and the ensemble of logits (its rival, which computes all members for every row; "
+        "translations have none). The selection rows have chosen "
         "the soup and the best member, so what they say of either is too good. The published soup below is "
         "of another model, chosen and reported on other rows: its gain over its own best member can be set "
         "beside the gain here, its numbers cannot.",

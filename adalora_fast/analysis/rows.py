@@ -19,12 +19,15 @@ from adalora_fast.experiments.question_answering import QuestionAnswering
 from adalora_fast.experiments.runs import RunSettings
 from adalora_fast.experiments.squad import QuestionSplit, load_questions
 from adalora_fast.experiments.tasks import Split, Task, get_task, held_out_rows, load_split
+from adalora_fast.experiments.translation import PairSplit, load_pairs
 from adalora_fast.experiments.workloads import Classification, Workload
 
 PADDING = -100.0  # of logits, as in transformers' Trainer
 # Tokens of a batch, padding included: what fits a processor's cache, and what fills an accelerator.
 TOKENS = {"cpu": 2048, "other": 32768}
 Logits = tuple[np.ndarray, ...]
+AnyRows = Split | QuestionSplit | PairSplit
+LOADERS = {"question_answering": load_questions, "translation": load_pairs}  # by kind of task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,7 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-def read_rows(
-    settings: RunSettings, split: str | None = None, data_dir: Path | None = None
-) -> Split | QuestionSplit:
+def read_rows(settings: RunSettings, split: str | None = None, data_dir: Path | None = None) -> AnyRows:
     """A split of the run's task; None is the first one that is evaluated. `train` is read whole.
 
     Raises:
@@ -49,13 +50,12 @@ def read_rows(
         raise ValueError(f"{task.name} has no split {split!r} to compare on; choose {_or(task.evaluation)}")
     if data_dir is None and settings.data_dir is not None:
         data_dir = Path(settings.data_dir)
-    load = load_questions if task.kind == "question_answering" else load_split
-    return load(task, split, data_dir)
+    return LOADERS.get(task.kind, load_split)(task, split, data_dir)
 
 
 def selection_and_report(
     settings: RunSettings, kind: str, split: str | None = None, data_dir: Path | None = None
-) -> tuple[Split | QuestionSplit, Split | QuestionSplit]:
+) -> tuple[AnyRows, AnyRows]:
     """(rows to choose by, rows to report on), with no text on both sides.
 
     Args:
@@ -77,7 +77,7 @@ def selection_and_report(
     return held, read_rows(settings, split, data_dir)
 
 
-def halves(rows: Split | QuestionSplit) -> tuple[Split | QuestionSplit, Split | QuestionSplit]:
+def halves(rows: AnyRows) -> tuple[AnyRows, AnyRows]:
     """Two parts of about the same size, always the same ones, no text in both; of a class (rows with one
     text count as the first of them) each has a half. One class can be left with a single text, which is then
     in the second part.
@@ -131,6 +131,11 @@ class RowSet:
                 for batch in batches_of(lengths, tokens or tokens_for(device))
             ]
             self._lengths[part] = np.array(lengths)
+
+    @property
+    def primary_metric(self) -> str:
+        """By which errors are counted."""
+        return self.task.metrics[0]
 
     def logits(self, model: nn.Module, part: str) -> Logits:
         """The model's outputs on one part, rows in the order of the data: float32 [N, C], or twice [N, T]."""
@@ -206,7 +211,7 @@ def batches_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return batches
 
 
-def content_of(rows: Split | QuestionSplit) -> dict[str, Any]:
+def content_of(rows: AnyRows) -> dict[str, Any]:
     """The rows themselves, whatever file they are from."""
     return {name: value for name, value in vars(rows).items() if name not in ("source", "sample")}
 

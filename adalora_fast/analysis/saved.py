@@ -66,7 +66,7 @@ def open_run(folder: Path | str) -> SavedRun:
 
     Raises:
         FileNotFoundError: no such folder, a run that is not finished, or one without its adapter's files.
-        ValueError: files that are not a run's, a task whose rows cannot be read again or a translation, a
+        ValueError: files that are not a run's, a task whose rows cannot be read again, a
             method that changes no weights of the base, or a full model with other labels.
     """
     finished = open_finished(folder)
@@ -146,8 +146,6 @@ def _check_kind(run: SavedRun) -> None:
             f"{run.path} is a run on {task!r}, whose rows are in no file, as those of the demo; give runs "
             "that train or sweep has written"
         )
-    if TASKS[task].kind == "translation":
-        raise ValueError(f"{run.path} is a run on {task}; translations cannot be compared yet, give others")
     if method not in FILES:
         raise ValueError(
             f"{run.path} was trained with {method}, which leaves the base model's weights as they are, so it "

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from adalora_fast.environment import write_json, write_text
 
-from .common import header, make_folder, open_in_order
+from .common import data_of, header, make_folder, open_in_order
 from .progress import AnalysisProgress, Silent
 from .report import soup_report
 from .rows import Evaluation, RowSet, selection_and_report
@@ -31,6 +33,7 @@ def make_soup(
     model: str | None = None,
     data_dir: Path | None = None,
     precision: str = "fp32",
+    generate: bool = False,
     progress: AnalysisProgress | None = None,
 ) -> dict[str, Any]:
     """A soup of runs, beside its best member, the other soups and the ensemble of logits.
@@ -46,6 +49,8 @@ def make_soup(
         rank: the largest rank of the LoRA; None keeps it exact, with the members' ranks added up.
         selection: rows to choose by, see `rows.selection_and_report`.
         split, model, data_dir, precision, progress: see `analyze_cka`.
+        generate: of translations also BLEU and chrF. They have no ensemble: its logits are one number for
+            every token of the vocabulary at every place.
 
     Raises:
         ValueError, FileNotFoundError: see `analyze_cka`; a fully trained run in a LoRA; a folder in the way.
@@ -70,7 +75,7 @@ def make_soup(
     chosen, reported = selection_and_report(settings, selection, split, data_dir)
     make_folder(output)
     shared = SharedModel.load(settings, precision=precision)
-    data = RowSet(settings, {"selection": chosen, "report": reported}, shared.tokenizer, shared.device)
+    data = data_of(settings, {"selection": chosen, "report": reported}, shared, generate)
     changes, names = shared.read(runs), names_of(runs)
 
     def judged(weights: list[float], part: str) -> Evaluation:
@@ -83,12 +88,17 @@ def make_soup(
         return split or runs[0].task.evaluation[0]
 
     outputs, members = {"selection": [], "report": []}, []
+
+    def member(model: nn.Module, part: str, name: str) -> Evaluation:
+        if not isinstance(data, RowSet):
+            return data.evaluate(model, part, name)
+        outputs[part].append(data.logits(model, part))
+        return data.judge(outputs[part][-1], part, name)
+
     with progress.steps("runs", len(runs)) as advance:
         for change, name in zip(changes, names, strict=True):
             with shared.mixed([change], [1.0]) as mixed:
-                for part, collected in outputs.items():
-                    collected.append(data.logits(mixed, part))
-            members.append({part: asdict(data.judge(each[-1], part, name)) for part, each in outputs.items()})
+                members.append({part: asdict(member(mixed, part, name)) for part in outputs})
             advance()
     with progress.steps("soup", STEPS * (len(runs) - 1)) as advance:
 
@@ -119,7 +129,9 @@ def make_soup(
         "ensemble": {
             part: asdict(data.judge(ensemble_logits(each), part, "the ensemble"))
             for part, each in outputs.items()
-        },
+        }
+        if isinstance(data, RowSet)
+        else None,
         "saved": None,
         "finished": False,
     }

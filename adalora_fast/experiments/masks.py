@@ -43,7 +43,7 @@ class MaskLog:
     @property
     def is_due(self) -> bool:
         """Whether there was a mask since the last line."""
-        return self.allocator.mask_number > self._seen
+        return self.allocator.mask_number != self._seen
 
     def line(self) -> dict[str, Any]:
         """Of the last mask; waits for the device."""

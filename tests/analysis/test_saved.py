@@ -77,10 +77,6 @@ def test_methods_that_change_no_weights(runs, tmp_path, method):
     fails(other, f"trained with {method}", "cannot be mixed; give runs of lora, adalora, peft")
 
 
-def test_translations(runs, tmp_path):
-    fails(changed(runs["lora-2"], tmp_path / "run", task="wmt16_ro_en"), "wmt16_ro_en; translations cannot")
-
-
 def test_the_demo(runs, tmp_path):
     fails(changed(runs["lora-2"], tmp_path / "run", task="docstrings"), "as those of the demo")
 
