@@ -209,9 +209,9 @@ def test_the_seed_decides_the_new_head_and_the_order_of_the_data(
 ):
     heads = {}
 
-    def watch(model, run, task):
+    def watch(model, run, task, found):
         heads[run.seed, len(heads)] = model.classifier.weight.detach().clone()
-        return adapt(model, run, task)
+        return adapt(model, run, task, found)
 
     monkeypatch.setattr(training, "adapt", watch)
     for place, seed in enumerate((0, 1, 0)):
@@ -332,13 +332,22 @@ def test_predictions_are_those_of_the_result(folders):
 
 @pytest.mark.parametrize("label", ADAPTIVE)
 def test_where_the_budget_went(folders, label):
-    saved, log = read(folders / label, "ranks.json")["ranks"], lines(folders / label, "allocation.jsonl")
+    saved, every = read(folders / label, "ranks.json")["ranks"], lines(folders / label, "allocation.jsonl")
+    log, masks = ([line for line in every if key in line] for key in ("ranks", "mask"))
+    assert len(log) + len(masks) == len(every)
     assert [line["step"] for line in log] == list(range(1, 11))
     assert all(sum(line["ranks"]) <= 4 * MATRICES for line in log)
     assert log[-1]["ranks"] == list(saved.values()) and log[-1]["budget"] == 2 * MATRICES
     scores = log[-1]["scores"]
     assert scores["p10"] <= scores["p50"] <= scores["p90"] and scores["lowest_kept"] >= scores["p10"]
     assert log[0]["scores"] is None  # no mask yet
+    steps = [line["step"] for line in masks]
+    assert steps == sorted(set(steps)) and set(steps) < set(range(1, 11))
+    for line in masks:  # the log line of the same step has the same mask
+        assert line["mask"]["kept"] == sum(log[line["step"] - 1]["ranks"])
+        assert sum(line["terms"]["share"].values()) == pytest.approx(1)
+    changed = [line["mask"]["revived"] - line["mask"]["dropped"] for line in masks]
+    assert 4 * MATRICES + sum(changed) == 2 * MATRICES
 
 
 def test_pefts_own_allocation_decides_the_same(encoder, data_dir, folders, tmp_path):

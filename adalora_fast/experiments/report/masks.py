@@ -59,8 +59,9 @@ def mask_facts(runs: list[Run]) -> MaskFacts | None:
 
 
 def churn_curve(runs: list[Run]) -> Curve | None:
-    """Churn in per cent by step, at the masks that all runs made."""
-    return join([{line["step"]: 100 * churn_of(line) for line in mask_lines(run)[1:]} for run in runs])
+    """Churn in per cent by step, at the masks that all runs with a log of them made."""
+    logged = [lines for lines in map(mask_lines, runs) if lines]
+    return join([{line["step"]: 100 * churn_of(line) for line in lines[1:]} for lines in logged])
 
 
 def mask_lines(run: Run) -> list[dict]:
