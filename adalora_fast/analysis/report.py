@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from adalora_fast.experiments.report.tables import escape_markdown, markdown, metric_name, task_name
+from adalora_fast.experiments.tasks import TASKS
 
 Result = Mapping[str, Any]
 STUDY = Path(__file__).with_name("uniformity.json")
@@ -35,9 +36,11 @@ def cka_report(result: Result) -> str:
     for a, b in combinations(range(len(runs)), 2):
         kinds[_kind(runs[a], runs[b])].append(result["cka"][a][b])
     estimate = f", estimated from batches of {result['batch_size']}" if result["batch_size"] else ""
+    translates = result["task"] in TASKS and TASKS[result["task"]].kind == "translation"
+    of = " of the decoder under the given translation" if translates else ""
     text = [
         f"# Linear CKA of {len(result['runs'])} runs on {task_name(result['task'])}",
-        f"{_setting(result)} Layer {result['layer']}, means over a text's own tokens{estimate}.",
+        f"{_setting(result)} Layer {result['layer']}{of}, means over a text's own tokens{estimate}.",
         markdown(["pairs of", "pairs", "CKA"], [[kind, len(v), _mean(v, 4)] for kind, v in kinds.items()]),
         markdown(["group", "runs", *head, "CKA within the group", "CKA to other groups"], rows),
         f"{_own_words(result)} CKA is the mean over pairs of different runs, with their number. {SEEDS}",

@@ -117,6 +117,7 @@ def test_cka_and_paths_with_a_full_run(folders, tmp_path):
     result = analyze_cka(folders, output=tmp_path / "cka", cache=tmp_path / "cache")
     matrix = np.array(result["cka"])
     assert matrix.shape == (3, 3) and np.allclose(np.diag(matrix), 1) and matrix.min() < 0.9999
+    assert "of the decoder under the given translation" in (tmp_path / "cka" / "cka.md").read_text()
     again = analyze_cka(folders, cache=tmp_path / "cache")
     assert again["cka"] == result["cka"]
     paths = analyze_connectivity(folders, output=tmp_path / "paths", points=3)
