@@ -3,8 +3,9 @@
     python experiments/tiny_mbart.py PAIRS.parquet OUT [--evaluation 500] [--pieces 2000] [--width 64]
 
 writes OUT/model (random weights, a SentencePiece model of the training pairs, files as those of
-facebook/mbart-large-cc25) and OUT/data/wmt16_ro_en/{train,validation}.parquet: the last `--evaluation`
-pairs of the file are for evaluation. What such a model translates means nothing; runs on it can be compared.
+facebook/mbart-large-cc25) and OUT/data/wmt16_ro_en/{train,validation}_sample.parquet, so named that every
+result says that it is of a sample. The last `--evaluation` pairs of the file are for evaluation. What such a
+model translates means nothing; runs on it can be compared.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main() -> None:
     data.mkdir(parents=True, exist_ok=True)
     parts = {"train": table.slice(0, count), "validation": table.slice(count)}
     for split, rows in parts.items():
-        pyarrow.parquet.write_table(rows, data / f"{split}.parquet")
+        pyarrow.parquet.write_table(rows, data / f"{split}_sample.parquet")
     pairs = parts["train"].column("translation").to_pylist()
     texts = [text for pair in pairs for text in (pair["en"], pair["ro"])]
     save_model(given.output / "model", texts, given.pieces, given.width, given.layers)

@@ -11,6 +11,7 @@ import numpy as np
 
 from adalora_fast.experiments.report.tables import escape_markdown, markdown, metric_name, task_name
 from adalora_fast.experiments.tasks import TASKS
+from adalora_fast.integrations.model_card import shown_base
 
 Result = Mapping[str, Any]
 STUDY = Path(__file__).with_name("uniformity.json")
@@ -59,7 +60,6 @@ def connectivity_report(result: Result) -> str:
         for place, (group, count, cells) in enumerate(_by_group(result, head, values))
     ]
     runs, paths = result["runs"], result["paths"]
-    worst = max(paths, key=lambda path: path["convexity_gap"])
     keys = ("convexity_gap", "height", "loss_barrier")
     kinds: dict[str, list[Result]] = {kind: [] for kind in KINDS}
     for path in paths:
@@ -76,8 +76,7 @@ def connectivity_report(result: Result) -> str:
     text = [
         f"# Paths between {len(runs)} runs on {task_name(result['task'])}",
         f"{_setting(result)} {len(result['alphas'])} points on each path; pairs of runs: {_pairs(result)}.",
-        f"Largest convexity gap: {worst['convexity_gap']:.2g}, between "
-        f"{escape_markdown(runs[worst['a']]['name'])} and {escape_markdown(runs[worst['b']]['name'])}.",
+        _worst_gap(runs, paths),
         markdown(
             ["pairs of", "paths", "convexity gap", "height", "loss barrier", "error barrier, points"], sides
         ),
@@ -125,7 +124,7 @@ def soup_report(result: Result) -> str:
     head, values = _own_scores(result)
     text = [
         f"# Soup of {len(names)} runs on {task_name(result['task'])}",
-        f"Model {escape_markdown(result['model'])}, computed in {PRECISIONS[result['precision']]}. Chosen by "
+        f"{_model(result)}, computed in {PRECISIONS[result['precision']]}. Chosen by "
         f"the loss on {_rows(parts['selection'])}, reported on {_rows(parts['report'], 'others')}"
         f"{_sample(parts['report'])} "
         f"(selection: {result['selection']}).",
@@ -163,9 +162,21 @@ def study() -> dict[str, Any]:
 def _setting(result: Result) -> str:
     rows = result["rows"]
     return (
-        f"Model {escape_markdown(result['model'])}, {rows['rows']} rows of {rows['split']}{_sample(rows)}, "
+        f"{_model(result)}, {rows['rows']} rows of {rows['split']}{_sample(rows)}, "
         f"computed in {PRECISIONS[result['precision']]}."
     )
+
+
+def _worst_gap(runs: Sequence[Result], paths: Sequence[Result]) -> str:
+    worst = max(paths, key=lambda path: path["convexity_gap"])
+    if worst["convexity_gap"] == 0:
+        return "No path has a convexity gap: at the points computed, the loss along each path is convex."
+    ends = " and ".join(escape_markdown(runs[worst[end]]["name"]) for end in "ab")
+    return f"Largest convexity gap: {worst['convexity_gap']:.2g}, between {ends}."
+
+
+def _model(result: Result) -> str:
+    return f"Model {escape_markdown(shown_base(result['model']))}"
 
 
 def _rows(part: Result, noun: str = "rows") -> str:

@@ -80,7 +80,25 @@ def test_groups_of_paths():
         "3",
         "6",
     ]
-    assert f"Largest convexity gap: {max(map(max, gaps)):.2g}" in text
+
+
+def test_the_largest_gap():
+    def with_gaps(first):
+        gaps = [first, *[0.0] * (len(PATHS["paths"]) - 1)]
+        paths = [path | {"convexity_gap": gap} for path, gap in zip(PATHS["paths"], gaps, strict=True)]
+        return connectivity_report(PATHS | {"paths": paths})
+
+    assert "Largest convexity gap: 0.25, between lora-r4-seed0 and lora-r4-seed1." in with_gaps(0.25)
+    assert "No path has a convexity gap" in with_gaps(0.0) and "Largest" not in with_gaps(0.0)
+
+
+def test_a_local_model_is_shown_without_its_folder():
+    for text in (
+        cka_report(CKA | {"model": "/home/me/models/tiny"}),
+        connectivity_report(PATHS | {"model": "/home/me/models/tiny"}),
+        soup_report(soup() | {"model": "/home/me/models/tiny"}),
+    ):
+        assert "Model tiny (a local folder)" in text and "/home/me" not in text
 
 
 def test_pairs_that_were_not_computed():

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from adalora_fast.integrations.model_card import shown_base
+
 from ..recipes import GRID, recipe_of
 from ..tuning import Tuning
 from .sections_settings import scores, settings
@@ -22,7 +24,7 @@ def what_was_run(sweep: Sweep) -> str:
     places = [run.environment for run in runs] or [plan.environment]
     started = sorted(place["started"] for place in places if isinstance(place.get("started"), str))
     facts = [
-        ("model", distinct(run.result["model"] for run in runs) or plan.model),
+        ("model", distinct(shown_base(run.result["model"]) for run in runs) or shown_base(plan.model)),
         ("arms", ", ".join(plan.arms)),
         ("tasks", ", ".join(task_name(t) + ("*" if sweep.is_sample(t) else "") for t in plan.tasks)),
         ("seeds", ", ".join(map(str, plan.seeds))),

@@ -5,6 +5,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from adalora_fast.integrations.model_card import shown_base
+
 from .beside import Beside, models_of, tables_beside
 from .cells import Cell, averages, checkpoint_cell, metric_names, primary_cell
 from .contrasts import AVERAGE, Contrasts, best_of
@@ -203,7 +205,7 @@ def model_warning(sweep: Sweep, beside: Beside) -> str:
         return ""
     return (
         f"The published numbers that follow are of {beside.table.model}, these are of "
-        f"{', '.join(models_of(sweep))}: they do not measure the same thing."
+        f"{', '.join(map(shown_base, models_of(sweep)))}: they do not measure the same thing."
     )
 
 
