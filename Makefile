@@ -60,7 +60,7 @@ test: $(NATIVE) ## run the tests (TESTS=tests/ops for some, ARGS="-x -k word" fo
 test-newest: export HF_HUB_OFFLINE = 1
 test-newest: export OMP_NUM_THREADS ?= 1
 test-newest: $(NATIVE) ## run the tests on the newest versions of everything (NEWEST="torch==2.13.0" keeps some)
-	$(BIN)/python -m tests.bounds $(NEWEST)
+	$(BIN)/python -m tests.helpers.bounds $(NEWEST)
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m $(INSTALL) --upgrade --upgrade-strategy eager $(NEWEST) -e '.[demo,experiments,quantized,cluster,dev]'
 	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
@@ -69,7 +69,7 @@ test-newest: $(NATIVE) ## run the tests on the newest versions of everything (NE
 compat: export HF_HUB_OFFLINE = 1
 compat: export OMP_NUM_THREADS ?= 1
 compat: ## run the tests that another PyTorch can break, in an environment of its own (TORCH=2.11.0)
-	$(PYTHON) -m tests.compat --torch $(TORCH) $(ARGS)
+	$(PYTHON) -m tests.helpers.compat --torch $(TORCH) $(ARGS)
 
 # PEFT's source distribution carries its tests; they and what they import come from the package index, once.
 peft-suite: export OMP_NUM_THREADS ?= 1

@@ -18,12 +18,12 @@ __all__ = [
 _WHERE = {
     "AdaLoraCallback": "integrations.trainer",
     "AdaLoraLinear": "nn",
-    "RankAllocator": "allocator",
+    "RankAllocator": "allocator.allocator",
     "compact": "integrations.compaction",
     "fuse": "integrations.peft",
     "import_official": "integrations.official",
     "orthogonality_loss": "nn",
-    "register_score": "scores",
+    "register_score": "allocator.scores",
     "servable": "integrations.serving",
     "to_lora": "integrations.export",
 }

@@ -14,7 +14,7 @@ def report() -> str:
     """
     import torch
 
-    from adalora_fast.ops import backend
+    from adalora_fast.ops.dispatch import backend
     from adalora_fast.ops.importance import not_computed
 
     backend.wanted()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from adalora_fast.bench.cli import Bench
 from adalora_fast.entry import carry_out
 from adalora_fast.experiments.cli import Evaluate
 from adalora_fast.experiments.cli import data_dir_of as _data_dir
 from adalora_fast.export_command import Export
+from benchmarks.report.cli import Bench
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,9 +85,9 @@ class Train:
     """Seed of the initial weights and the order of the data."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.experiments.arms import parse_arm
-        from adalora_fast.experiments.recipes import parse_overrides
-        from adalora_fast.experiments.single import run_single
+        from adalora_fast.experiments.run.single import run_single
+        from adalora_fast.experiments.settings.arms import parse_arm
+        from adalora_fast.experiments.settings.recipes import parse_overrides
 
         way = parse_arm(self.score) if self.method == "adalora" else {"method": self.method}
         if way["method"] != self.method:
@@ -147,8 +147,8 @@ class Sweep:
     """Address of a Ray cluster, one run per GPU ("auto" finds a running one, "local" starts one here)."""
 
     def run(self, console: "Console") -> int:
-        from adalora_fast.experiments.recipes import parse_overrides
-        from adalora_fast.experiments.sweep import make_plan, run_sweep
+        from adalora_fast.experiments.settings.recipes import parse_overrides
+        from adalora_fast.experiments.sweep.sweep import make_plan, run_sweep
 
         plan = make_plan(
             recipe=self.recipe,

@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 import torch
 
-from adalora_fast import AdaLoraLinear, RankAllocator, capture, orthogonality_loss
+from adalora_fast import AdaLoraLinear, RankAllocator, orthogonality_loss
+from adalora_fast.allocator import capture
 from adalora_fast.environment import environment, write_json
 from adalora_fast.ops.importance import SIGNALS
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from adalora_fast.bench.results import Row
-from adalora_fast.ops.timing import graph_seconds
+from adalora_fast.ops.dispatch.timing import graph_seconds
+from benchmarks.report.results import Row
 from benchmarks.roofline import Ceilings
 from benchmarks.suites import Case, Contestant, Work
 from benchmarks.turns import kernel_launches, take_turns

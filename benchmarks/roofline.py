@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from adalora_fast.ops.timing import graph_seconds
+from adalora_fast.ops.dispatch.timing import graph_seconds
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 

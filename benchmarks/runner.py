@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from adalora_fast.bench.results import Results, Row, read
 from adalora_fast.environment import environment
 from adalora_fast.ops.adapter.tuned import file_name
 from benchmarks import measure, roofline
 from benchmarks.digest import code_digest
+from benchmarks.report.results import Results, Row, read
 from benchmarks.roofline import Ceilings
 from benchmarks.suites import Case, apart, is_compiled
 
@@ -303,7 +303,7 @@ def no_time_left(results: Results, cases: list[Case]) -> bool:
 
 def show(results: Results, path: Path | None) -> None:
     """The tables, what is left to do, and where the figures are."""
-    from adalora_fast.bench.report import tables
+    from benchmarks.report.report import tables
 
     print(f"\n{tables(results)}\n")
     if left := unfinished(results):

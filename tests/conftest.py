@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
     """Folder of a two-layer BERT with a tokenizer."""
-    from tests.experiments.tiny import save_encoder
+    from tests.helpers.tiny import save_encoder
 
     return save_encoder(tmp_path_factory.mktemp("encoder") / "bert")
 
@@ -23,6 +23,6 @@ def encoder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Folder with a tiny SST-2."""
-    from tests.experiments.tiny import write_sst2
+    from tests.helpers.tiny import write_sst2
 
     return write_sst2(tmp_path_factory.mktemp("data"))

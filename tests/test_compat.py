@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from tests import compat
+from tests.helpers import compat
 
 PROJECT = tomllib.loads((compat.ROOT / "pyproject.toml").read_text())["project"]
 
@@ -29,7 +29,9 @@ def test_the_copy_has_no_builds_and_no_older_files(tmp_path):
     for name in ("adalora_fast/_C.abi3.so", "gone.py"):
         (tmp_path / name).write_text("older")
     compat.copy_tree(tmp_path)
-    assert (tmp_path / "adalora_fast/__init__.py").exists() and (tmp_path / "tests/compat.py").exists()
+    assert (tmp_path / "adalora_fast/__init__.py").exists() and (
+        tmp_path / "tests/helpers/compat.py"
+    ).exists()
     assert not (tmp_path / "gone.py").exists() and not list(tmp_path.rglob("*.so"))
 
 

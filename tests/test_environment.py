@@ -12,7 +12,7 @@ import adalora_fast
 from adalora_fast import __main__ as report_module
 from adalora_fast import environment as module
 from adalora_fast.environment import environment, git_commit, package_versions, write_json
-from adalora_fast.ops import backend
+from adalora_fast.ops.dispatch import backend
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers.integrations import peft as transformers_peft
 
-from tests.bounds import at_its_lowest, canonical, requirements
+from tests.helpers.bounds import at_its_lowest, canonical, requirements
 
 
 def test_transformers_takes_the_peft_that_is_allowed():

@@ -20,8 +20,8 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from adalora_fast.experiments.families import family_of, is_of_head
-from adalora_fast.experiments.fusion import TRAINED
+from adalora_fast.experiments.methods.fusion import TRAINED
+from adalora_fast.experiments.models.families import family_of, is_of_head
 from adalora_fast.integrations.files import (
     PREFIX,
     adapted_in,

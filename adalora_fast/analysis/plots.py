@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adalora_fast.experiments.plots.style import COLOURS, PALETTE, arm_styles, save, styled
+from adalora_fast.experiments.report.plots.style import COLOURS, PALETTE, arm_styles, save, styled
 from adalora_fast.experiments.report.tables import metric_name, task_name
 
 from .connectivity import chord

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from adalora_fast.experiments.progress import SECONDS, Pace, is_watched, progress_bars
+from adalora_fast.experiments.run.progress import SECONDS, Pace, is_watched, progress_bars
 
 Advance = Callable[[], None]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from adalora_fast.experiments.data.tasks import TASKS
 from adalora_fast.experiments.report.tables import escape_markdown, markdown, metric_name, task_name
-from adalora_fast.experiments.tasks import TASKS
 from adalora_fast.integrations.model_card import shown_base
 
 Result = Mapping[str, Any]

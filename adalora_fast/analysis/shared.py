@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from adalora_fast.experiments.encoders import dequantised, load_model
-from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.tasks import get_task
+from adalora_fast.experiments.data.tasks import get_task
+from adalora_fast.experiments.models.encoders import dequantised, load_model
+from adalora_fast.experiments.run.folder import RunSettings
 
 from .changes import RunChange, mixture, read_change, used
 from .saved import SavedRun, open_run

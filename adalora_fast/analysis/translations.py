@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
-from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.tasks import Task, get_task
-from adalora_fast.experiments.translation import (
+from adalora_fast.experiments.data.tasks import Task, get_task
+from adalora_fast.experiments.data.translation import (
     PairSplit,
     Translation,
     generation_config,
     set_languages,
     tokenize_pairs,
 )
+from adalora_fast.experiments.run.folder import RunSettings
 
 from .rows import Evaluation, batches_of
 

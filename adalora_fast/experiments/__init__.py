@@ -1,10 +1,7 @@
 """Experiments: tasks, recipes, run folders, training, sweeps, reports and plots.
 
-Read from the bottom up: `docstrings`, `tasks`, `squad` and `translation` give the data, `models` and
-`encoders` what is trained, `arms` and `adapters` (with `bottleneck`, `fusion` and `prompts`) how, `recipes`
-the settings, `runs` the place where one run lives, `workloads`, `question_answering` and `translation` what
-goes into a model and what is made of its outputs, `training` the run itself (with `trainer`, `recorder` and
-`stopwatch`), `allocation` where the budget moves in it, `preflight`, `tuning`, `sweep` and `cluster` many of
-them; `finished` puts the model of a run together again and `evaluation` judges it on other rows; `report` and
-`plots` turn result files into tables and pictures; `demo` puts all of it together.
+Read the rooms from the ground up; imports only go down. `settings`: what a run is asked to do. `metrics`: how
+it is judged. `data`: the tasks and their rows. `models`: the pretrained encoders. `methods`: what of a model
+is trained. `run`: one run and its folder. `sweep`: many of them. `report`: tables and pictures of what they
+left. `evaluation` judges a finished run on other rows; `demo` puts all of it together.
 """

@@ -33,7 +33,7 @@ class Evaluate:
     """Folder with <task>/<split>.parquet (default: ADALORA_FAST_DATA, else that of the run)."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.experiments.evaluation import evaluate_run
+        from .evaluation import evaluate_run
 
         evaluate_run(
             self.folder,

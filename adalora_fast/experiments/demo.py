@@ -12,14 +12,14 @@ from rich.console import Console
 
 from adalora_fast.environment import write_json
 
-from .docstrings import DocstringCorpus, build_corpus
-from .models import packaged_minilm
-from .plots import plot_ranks
-from .progress import TrainingProgress
-from .recipes import Recipe
+from .data.docstrings import DocstringCorpus, build_corpus
+from .data.tasks import Split, Task
+from .models.packages import packaged_minilm
 from .report import results_table
-from .runs import RunSettings, open_run
-from .tasks import Split, Task
+from .report.plots import plot_ranks
+from .run.folder import RunSettings, open_run
+from .run.progress import TrainingProgress
+from .settings.recipes import Recipe
 
 SCORES = ("sensitivity", "movement", "fisher", "gsnr")
 FULL = Recipe(epochs=1.6, learning_rate=2e-3, scale=8.0, max_length=64, deltaT=5)
@@ -36,8 +36,8 @@ def run_demo(*, output: Path, fast: bool, seed: int, console: Console) -> dict[s
         for settings in runs:  # a folder in the way is refused before any training
             open_run(run_folder(output, settings), settings)
         progress.count("loading libraries", 0, 1)
-        from .training import train_run
-        from .workloads import Classification
+        from .data.workloads import Classification
+        from .run.training import train_run
 
         progress.count("loading libraries", 1, 1)
         workload = Classification(task=corpus_task(corpus), splits=corpus_splits(corpus))

@@ -26,16 +26,16 @@ from transformers import TrainerCallback
 
 from adalora_fast.environment import environment, write_json, writing_to
 
-from .finished import FinishedRun, check_files, open_finished, open_soup, restore
+from .data.tasks import Rows, Task, get_task, load_split
+from .data.workloads import HELD_OUT, Classification, Judged, Workload
 from .metrics import interval
 from .metrics.translation import check_installed, chrf_statistics
-from .progress import TrainingProgress
-from .runs import RunFolder, RunSettings, read_object, working_of
-from .single import whole_path
-from .tasks import Rows, Task, get_task, load_split
-from .trainer import build_trainer
-from .training import check_lengths, save_predictions
-from .workloads import HELD_OUT, Classification, Judged, Workload
+from .run.finished import FinishedRun, check_files, open_finished, open_soup, restore
+from .run.folder import RunFolder, RunSettings, read_object, working_of
+from .run.progress import TrainingProgress
+from .run.single import whole_path
+from .run.trainer import build_trainer
+from .run.training import check_lengths, save_predictions
 
 FILE = "file"  # the part that is read from --file
 LEVEL, RESAMPLES = 0.95, 2000
@@ -218,11 +218,11 @@ def _part(split: str) -> str:
 def loader_of(task: Task) -> Any:
     """The function that reads this task's rows."""
     if task.kind == "question_answering":
-        from .squad import load_questions
+        from .data.squad import load_questions
 
         return load_questions
     if task.kind == "translation":
-        from .translation import load_pairs
+        from .data.translation import load_pairs
 
         check_installed()
         return load_pairs
@@ -231,8 +231,8 @@ def loader_of(task: Task) -> Any:
 
 def _docstrings(settings: RunSettings, split: str) -> Rows:
     """Of the running Python, which must be the one that the run was trained on."""
+    from .data.docstrings import build_corpus
     from .demo import corpus_splits
-    from .docstrings import build_corpus
 
     splits = corpus_splits(build_corpus())
     if split not in splits:
@@ -249,11 +249,11 @@ def workload_of(task: Task, settings: RunSettings, parts: dict[str, Rows]) -> Wo
     """The workload of these rows. A workload also tokenises what is trained on: here one of the rows."""
     splits: Any = {"train": next(iter(parts.values())).select([0]), **parts}
     if task.kind == "question_answering":
-        from .question_answering import QuestionAnswering
+        from .data.question_answering import QuestionAnswering
 
         return QuestionAnswering(task=task, splits=splits, recipe=settings.recipe)
     if task.kind == "translation":
-        from .translation import Translation
+        from .data.translation import Translation
 
         return Translation(task=task, splits=splits)
     return Classification(task=task, splits=splits)

@@ -10,12 +10,12 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor
 
-from adalora_fast.integrations.adapter_names import as_taken_out, by_layer, check_name, is_in_a_key
-from adalora_fast.integrations.checkpoints import Checkpoint, renamed_pattern
-from adalora_fast.integrations.layers import FusedLayer, adapter_layers
-from adalora_fast.integrations.policies import pattern_of_copy
-from adalora_fast.integrations.scales import set_scales
-from adalora_fast.integrations.weights import check_before_saving
+from .adapter_names import as_taken_out, by_layer, check_name, is_in_a_key
+from .checkpoints import Checkpoint, renamed_pattern
+from .layers import FusedLayer, adapter_layers
+from .policies import pattern_of_copy
+from .scales import set_scales
+from .weights import check_before_saving
 
 
 class WithAdapters(AdaLoraModel):

@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import AdaLoraConfig, PeftConfig
 
-from adalora_fast.allocator_state import (
+from adalora_fast.allocator.state import (
     FILE_NAME,
     AllocatorState,
     check_state,
@@ -24,8 +24,9 @@ from adalora_fast.allocator_state import (
     read_state,
     write_state,
 )
-from adalora_fast.integrations.adapter_names import by_layer, only, tensors_of, without
-from adalora_fast.integrations.files import (
+
+from .adapter_names import by_layer, only, tensors_of, without
+from .files import (
     CONFIG,
     FACTORS,
     PREFIX,
@@ -36,8 +37,8 @@ from adalora_fast.integrations.files import (
     read_tensors,
     weights_file,
 )
-from adalora_fast.integrations.model_card import CARD, TRAINED, finish_card, trained_section
-from adalora_fast.integrations.policies import WithPolicies
+from .model_card import CARD, TRAINED, finish_card, trained_section
+from .policies import WithPolicies
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from adalora_fast.allocator import RankAllocator
-from adalora_fast.attachment import chain_of, is_watch
-from adalora_fast.integrations.layers import set_factors
-from adalora_fast.integrations.locate import is_wrapper, the_peft_model
-from adalora_fast.integrations.peft import is_fused
+from adalora_fast.allocator.allocator import RankAllocator
+from adalora_fast.allocator.attachment import chain_of, is_watch
 from adalora_fast.nn import AdaLoraLinear, Factors
+
+from .layers import set_factors
+from .locate import is_wrapper, the_peft_model
+from .peft import is_fused
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adalora_fast.allocator import RankAllocator
-from adalora_fast.allocator_state import facts_of, read_state
-from adalora_fast.integrations.adapter_names import tensors_of
-from adalora_fast.integrations.checkpoints import move_files
-from adalora_fast.integrations.exported import LoraModel, exported_class, own_trained_tensors
-from adalora_fast.integrations.files import (
+from adalora_fast.allocator.allocator import RankAllocator
+from adalora_fast.allocator.state import facts_of, read_state
+from adalora_fast.nn import AdaLoraLinear
+from adalora_fast.nn.calls import keep_called
+
+from .adapter_names import tensors_of
+from .checkpoints import move_files
+from .exported import LoraModel, exported_class, own_trained_tensors
+from .files import (
     CONFIG,
     PREFIX,
     WEIGHTS,
@@ -31,24 +34,14 @@ from adalora_fast.integrations.files import (
     read_tensors,
     weights_file,
 )
-from adalora_fast.integrations.injected import forget_handle, take_handle
-from adalora_fast.integrations.layers import adapter_layers
-from adalora_fast.integrations.locate import the_peft_model
-from adalora_fast.integrations.model_card import (
-    CARD,
-    EXPORTED,
-    RUN,
-    exported_section,
-    new_card,
-    section_of,
-    write_section,
-)
-from adalora_fast.integrations.patched import with_own_forwards
-from adalora_fast.integrations.peft import FusedAdaLoraModel
-from adalora_fast.integrations.plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
-from adalora_fast.integrations.scales import peft_scale
-from adalora_fast.nn import AdaLoraLinear
-from adalora_fast.nn.calls import keep_called
+from .injected import forget_handle, take_handle
+from .layers import adapter_layers
+from .locate import the_peft_model
+from .model_card import CARD, EXPORTED, RUN, exported_section, new_card, section_of, write_section
+from .patched import with_own_forwards
+from .peft import FusedAdaLoraModel
+from .plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
+from .scales import peft_scale
 
 
 def to_lora(model: nn.Module, *, uniform: bool = False, adapter_name: str | None = None) -> PeftModel:

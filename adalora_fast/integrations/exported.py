@@ -9,7 +9,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from adalora_fast.integrations.model_card import CARD, EXPORTED, exported_section, finish_card
+from .model_card import CARD, EXPORTED, exported_section, finish_card
 
 
 class LoraModel(lora.LoraModel):

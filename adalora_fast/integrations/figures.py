@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from adalora_fast.allocator import RankAllocator
+from adalora_fast.allocator.allocator import RankAllocator
 
 RANKS = "adalora/ranks"
 HISTOGRAMS = 20  # of the layers' ranks, at most, in one run

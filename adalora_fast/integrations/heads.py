@@ -5,7 +5,7 @@ import warnings
 from peft.tuners.adalora import AdaLoraModel
 from transformers import PreTrainedModel
 
-from adalora_fast.integrations.layers import adapter_layers
+from .layers import adapter_layers
 
 
 def untrained_heads(tuner: AdaLoraModel, adapter: str) -> list[str]:

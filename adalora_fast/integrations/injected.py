@@ -24,13 +24,14 @@ from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adalora_fast.allocator import RankAllocator
-from adalora_fast.allocator_state import is_sharded, write_state
-from adalora_fast.integrations.adapter_names import is_in_a_key
-from adalora_fast.integrations.checkpoints import move_files
-from adalora_fast.integrations.layers import adapter_layers, fuse_layer
-from adalora_fast.integrations.locate import HANDLE, peft_models
-from adalora_fast.integrations.peft import (
+from adalora_fast.allocator.allocator import RankAllocator
+from adalora_fast.allocator.state import is_sharded, write_state
+
+from .adapter_names import is_in_a_key
+from .checkpoints import move_files
+from .layers import adapter_layers, fuse_layer
+from .locate import HANDLE, peft_models
+from .peft import (
     ALLOCATOR_SETTINGS,
     FusedAdaLoraModel,
     check_model,
@@ -39,7 +40,7 @@ from adalora_fast.integrations.peft import (
     is_finished,
     is_fused,
 )
-from adalora_fast.integrations.scales import check_scales, take_over
+from .scales import check_scales, take_over
 
 
 class InjectedAdaLoraModel(FusedAdaLoraModel):

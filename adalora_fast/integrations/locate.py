@@ -18,7 +18,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from adalora_fast.integrations.layers import adapter_layers
+from .layers import adapter_layers
 
 HANDLE = "adalora"  # attribute of a fused model that carries its adapter layers itself
 WRAPPERS = ("_orig_mod", "module")  # what torch.compile and data-parallel wrappers call the model

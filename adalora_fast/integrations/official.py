@@ -14,11 +14,12 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from adalora_fast.allocator import RankAllocator
-from adalora_fast.integrations.files import FACTORS, check_numbers, read_tensors
-from adalora_fast.integrations.layers import adapter_layers, factors_of
-from adalora_fast.integrations.locate import the_peft_model
+from adalora_fast.allocator.allocator import RankAllocator
 from adalora_fast.nn import AdaLoraLinear, Factors
+
+from .files import FACTORS, check_numbers, read_tensors
+from .layers import adapter_layers, factors_of
+from .locate import the_peft_model
 
 
 @torch.no_grad()

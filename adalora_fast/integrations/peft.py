@@ -9,28 +9,24 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 
-from adalora_fast.allocator import SCORE_GRADIENTS, RankAllocator, check_weights
-from adalora_fast.allocator_state import is_sharded
-from adalora_fast.distributed import all_finite, refuse_emptied, whole
-from adalora_fast.integrations.adapters import WithAdapters, check_names
-from adalora_fast.integrations.checkpoints import WithAllocator
-from adalora_fast.integrations.heads import warn_of_untrained_heads
-from adalora_fast.integrations.layers import (
-    adapter_layers,
-    factor_finders,
-    fuse_layer,
-    merge_refusal,
-)
-from adalora_fast.integrations.scales import check_scales, set_scales, take_over
-from adalora_fast.integrations.weights import keep_pruned, warn_of_trained
+from adalora_fast.allocator.allocator import SCORE_GRADIENTS, RankAllocator, check_weights
+from adalora_fast.allocator.regulariser import Regulariser
+from adalora_fast.allocator.scores import Score, get_score, resolve_smoothing
+from adalora_fast.allocator.stability import check_stability
+from adalora_fast.allocator.state import is_sharded
+from adalora_fast.allocator.statistics import check_triplet
+from adalora_fast.distributed.processes import all_finite, refuse_emptied, whole
+from adalora_fast.distributed.shards import shards_of
 from adalora_fast.nn.calls import call_every_layer
 from adalora_fast.ops.adapter import PRECISIONS
 from adalora_fast.ops.orthogonality import PENALTIES
-from adalora_fast.regulariser import Regulariser
-from adalora_fast.scores import Score, get_score, resolve_smoothing
-from adalora_fast.shards import shards_of
-from adalora_fast.stability import check_stability
-from adalora_fast.statistics import check_triplet
+
+from .adapters import WithAdapters, check_names
+from .checkpoints import WithAllocator
+from .heads import warn_of_untrained_heads
+from .layers import adapter_layers, factor_finders, fuse_layer, merge_refusal
+from .scales import check_scales, set_scales, take_over
+from .weights import keep_pruned, warn_of_trained
 
 # What `fuse` hands on to every allocator of the model.
 ALLOCATOR_SETTINGS = ("score", "smoothing", "score_gradient", "weights", "triplet", "hysteresis", "remember")
@@ -242,7 +238,7 @@ def fuse(
             model after ``add_adapter`` or ``inject_adapter_in_model``, or any module with such models in it,
             all of which are fused (:mod:`adalora_fast.integrations.injected`).
         score: ``sensitivity`` (PEFT's), ``movement``, ``fisher``, ``gsnr``, ``magnitude``, a registered name
-            or a :class:`adalora_fast.scores.Score`.
+            or a :class:`adalora_fast.allocator.scores.Score`.
         smoothing, score_gradient, weights, triplet, hysteresis, remember: see
             :class:`adalora_fast.RankAllocator`.
         orth_penalty: ``"fro"`` (PEFT's) or ``"squared"`` (the paper's).
@@ -256,7 +252,7 @@ def fuse(
         ValueError: fused already, a config whose numbers do not fit, an unknown score, smoothing or penalty.
     """
     if not isinstance(model, (PeftModel, PeftMixedModel)):
-        from adalora_fast.integrations.injected import fuse_inside  # which needs this module
+        from .injected import fuse_inside  # which needs this module
 
         return fuse_inside(
             model,

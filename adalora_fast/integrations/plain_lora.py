@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from adalora_fast.integrations.files import FACTORS, PREFIX, adapted_in, check_numbers
-from adalora_fast.integrations.lora_settings import carried
+from .files import FACTORS, PREFIX, adapted_in, check_numbers
+from .lora_settings import carried
 
 
 @dataclass(frozen=True, kw_only=True)

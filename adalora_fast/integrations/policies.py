@@ -18,8 +18,9 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from adalora_fast.integrations.layers import FusedLayer, adapter_layers, set_factors
 from adalora_fast.nn import Factors
+
+from .layers import FusedLayer, adapter_layers, set_factors
 
 
 class WithPolicies:

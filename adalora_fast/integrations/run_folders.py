@@ -17,8 +17,9 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from adalora_fast.allocator_state import AllocatorState, is_sharded, read_state, write_state
-from adalora_fast.integrations.locate import peft_models, unwrapped
+from adalora_fast.allocator.state import AllocatorState, is_sharded, read_state, write_state
+
+from .locate import peft_models, unwrapped
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

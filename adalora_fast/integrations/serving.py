@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
-from adalora_fast.integrations.files import PREFIX, read_config, read_tensors, weights_file
+from .files import PREFIX, read_config, read_tensors, weights_file
 
 SERVERS = ("vllm", "sglang", "tgi")
 # They scale every layer by lora_alpha / (the rank of its tensors), whatever the patterns say.

@@ -8,12 +8,13 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from adalora_fast.allocator import RankAllocator
-from adalora_fast.integrations.figures import RankHistograms, figures_of, is_training_log
-from adalora_fast.integrations.locate import peft_models, unwrapped
-from adalora_fast.integrations.peft import FusedAdaLoraModel, fuse, is_fused
-from adalora_fast.integrations.run_folders import checkpoint_folder, complete, read_allocator
-from adalora_fast.integrations.weights import TRAINED
+from adalora_fast.allocator.allocator import RankAllocator
+
+from .figures import RankHistograms, figures_of, is_training_log
+from .locate import peft_models, unwrapped
+from .peft import FusedAdaLoraModel, fuse, is_fused
+from .run_folders import checkpoint_folder, complete, read_allocator
+from .weights import TRAINED
 
 TINIT, TFINAL = 0.1, 0.3  # fractions of the run, where neither the callback nor the config says otherwise
 
@@ -28,7 +29,7 @@ class AdaLoraCallback(TrainerCallback):
     with the last mask), ``adalora/orthogonality`` (R), in training logs. The Trainer's
     model may be any that :func:`fuse` takes; of several adapted models in it each keeps a budget of its own.
     γ ∇R reaches the gradients once per optimizer step whoever builds the loss
-    (:mod:`adalora_fast.regulariser`). Checkpoints carry the allocator (the model's ``save_pretrained`` writes
+    (`allocator/regulariser.py`). Checkpoints carry the allocator (the model's ``save_pretrained`` writes
     it) and resume exactly; a run that stops before the final mask is pruned to the final budget at its end,
     with a warning.
 

@@ -2,8 +2,8 @@
 
 import warnings
 
-from adalora_fast.allocator import RankAllocator
-from adalora_fast.allocator_state import is_sharded
+from adalora_fast.allocator.allocator import RankAllocator
+from adalora_fast.allocator.state import is_sharded
 
 TRAINED = "these adapter weights were trained before"
 

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adalora_fast.nn.calls import is_called, keep_called
-from adalora_fast.nn.plain import carry_hooks, carry_over, more_than_its_product
 from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import PRECISIONS
+
+from .calls import is_called, keep_called
+from .plain import carry_hooks, carry_over, more_than_its_product
 
 
 class Factors(NamedTuple):

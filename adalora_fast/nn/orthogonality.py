@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from adalora_fast.distributed import whole
-from adalora_fast.nn.linear import Factors
+from adalora_fast.distributed.processes import whole
 from adalora_fast.ops.orthogonality import orthogonality
 
+from .linear import Factors
+
 if TYPE_CHECKING:
-    from adalora_fast.allocator import RankAllocator
+    from adalora_fast.allocator.allocator import RankAllocator
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Callable[[], Factors | None]]:

@@ -46,7 +46,7 @@ class Case:
     """One thing that every contestant does.
 
     Args:
-        suite, name, what, baseline, unit: as in :class:`adalora_fast.bench.results.Row` (``name`` is its
+        suite, name, what, baseline, unit: as in :class:`benchmarks.report.results.Row` (``name`` is its
             ``case``). Where ``unit`` is not ``seconds``, a contestant's first call returns the value.
         build: makes inputs and contestants; nothing is allocated before.
         moved, operations: bytes and operations that any implementation needs; None where nobody can say.

@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from adalora_fast.ops import backend
 from adalora_fast.ops.adapter.costs import Problem, factor_launches, launches
-from adalora_fast.ops.timing import input_sets
+from adalora_fast.ops.dispatch import backend
+from adalora_fast.ops.dispatch.timing import input_sets
 from benchmarks import peers
 from benchmarks.roofline import name_of
 from benchmarks.suites import Case, Contestant, Work

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import allocate_, backend, importance_scores, importance_update_, select_triplets
+from adalora_fast.ops import allocate_, importance_scores, importance_update_, select_triplets
 from adalora_fast.ops.allocation import reference as plain_allocation
+from adalora_fast.ops.dispatch import backend
+from adalora_fast.ops.dispatch.timing import input_sets
 from adalora_fast.ops.importance import layout_of, reference, statistic_names
-from adalora_fast.ops.timing import input_sets
 from benchmarks.adapters import Model, make_parameters, model_for, peft_allocator
 from benchmarks.suites import Case, Contestant, Work
 

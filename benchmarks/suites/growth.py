@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adalora_fast import RankAllocator
 from adalora_fast.nn import Factors
-from adalora_fast.ops.timing import input_sets
+from adalora_fast.ops.dispatch.timing import input_sets
 from benchmarks.adapters import Model, make_parameters, peft_allocator
 from benchmarks.roofline import name_of
 from benchmarks.suites import SCALES, Case, Contestant, Work, adapter

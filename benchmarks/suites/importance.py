@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend, importance_update_
+from adalora_fast.allocator.scores import get_score
+from adalora_fast.ops import importance_update_
+from adalora_fast.ops.dispatch import backend
+from adalora_fast.ops.dispatch.timing import input_sets
 from adalora_fast.ops.importance import SIGNALS, layout_of, reference, statistic_names
-from adalora_fast.ops.timing import input_sets
-from adalora_fast.scores import get_score
 from benchmarks.adapters import Model, make_parameters, model_for, parameter_name, peft_allocator
 from benchmarks.suites import Case, Contestant, Work
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from adalora_fast import fuse
-from adalora_fast.ops import backend
+from adalora_fast.ops.dispatch import backend
 from benchmarks.roofline import name_of
 from benchmarks.suites import SCALES
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend, orthogonality
-from adalora_fast.ops.timing import input_sets
+from adalora_fast.ops import orthogonality
+from adalora_fast.ops.dispatch import backend
+from adalora_fast.ops.dispatch.timing import input_sets
 from benchmarks.adapters import Model, make_parameters, model_for
 from benchmarks.suites import Case, Contestant, Work
 

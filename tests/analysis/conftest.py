@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.offline import no_network  # noqa: F401 - for every test here
-from tests.experiments.tiny import RECIPE
-from tests.experiments.training import settings, train
+from tests.helpers.offline import no_network  # noqa: F401 - for every test here
+from tests.helpers.tiny import RECIPE
+from tests.helpers.training_runs import settings, train
 
 METHODS = {
     "adalora-0": {"method": "adalora"},

@@ -5,8 +5,8 @@ from transformers import AutoModelForSequenceClassification
 
 from adalora_fast.analysis.changes import Factors, RunChange
 from adalora_fast.analysis.shared import SharedModel
-from adalora_fast.experiments.families import family_of
-from tests.experiments.tiny import encoder_config
+from adalora_fast.experiments.models.families import family_of
+from tests.helpers.tiny import encoder_config
 
 
 def base(model_type="bert"):

@@ -19,8 +19,8 @@ from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel, open_model
 from tests.analysis.conftest import METHODS
 from tests.analysis.mixing import adapter, base, everything, outputs
-from tests.experiments.training import settings, train
-from tests.integrations.quantised import needs_bitsandbytes
+from tests.helpers.quantised import needs_bitsandbytes
+from tests.helpers.training_runs import settings, train
 
 
 @pytest.fixture(scope="module")

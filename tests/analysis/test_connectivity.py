@@ -10,7 +10,7 @@ from adalora_fast.analysis.connectivity import convexity_gap, describe_path, err
 from adalora_fast.analysis.rows import Evaluation, RowSet, cross_entropy, read_rows
 from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel
-from tests.experiments.training import read
+from tests.helpers.training_runs import read
 
 LOSSES = st.lists(st.floats(0, 10, width=16), min_size=3, max_size=12)
 

@@ -11,7 +11,7 @@ from adalora_fast.analysis.analyses import analyze_connectivity
 from adalora_fast.analysis.evaluations import Evaluations, mixture_of
 from adalora_fast.analysis.progress import AnalysisProgress
 from adalora_fast.analysis.rows import Evaluation, RowSet
-from tests.experiments.tiny import printed, quiet_console
+from tests.helpers.tiny import printed, quiet_console
 
 NAMES = ("lora-2", "lora-4", "adalora-0")
 

@@ -11,8 +11,8 @@ from adalora_fast.analysis.features import FeatureReader, hash_of_base, mean_sta
 from adalora_fast.analysis.rows import read_rows
 from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel
-from tests.experiments.tiny import LAYERS, WIDTH, changed_encoder
-from tests.experiments.training import read
+from tests.helpers.tiny import LAYERS, WIDTH, changed_encoder
+from tests.helpers.training_runs import read
 
 TEXTS = (["near far warm cold soup " * 6, "the moon", "zebra bread and a comet"], ["star"] * 3)
 

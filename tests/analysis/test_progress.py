@@ -7,8 +7,8 @@ from rich.console import Console
 
 from adalora_fast.analysis import progress
 from adalora_fast.analysis.progress import AnalysisProgress, Silent
-from adalora_fast.experiments.progress import duration
-from tests.experiments.tiny import printed, quiet_console
+from adalora_fast.experiments.run.progress import duration
+from tests.helpers.tiny import printed, quiet_console
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from adalora_fast.analysis.rows import RowSet, read_rows
 from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel
 from adalora_fast.analysis.soups import make_soup
-from tests.experiments.test_question_answering import settings, write_squad
-from tests.experiments.training import train
+from tests.experiments.data.test_question_answering import settings, write_squad
+from tests.helpers.training_runs import train
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from adalora_fast.analysis.analyses import analyze_cka, analyze_connectivity
 from adalora_fast.analysis.rows import RowSet, batches_of, read_rows
 from adalora_fast.analysis.saved import open_run
 from adalora_fast.analysis.shared import SharedModel
-from tests.experiments.tiny import sentences, write_parquet
-from tests.experiments.training import settings
+from tests.helpers.tiny import sentences, write_parquet
+from tests.helpers.training_runs import settings
 
 
 def test_a_regression(encoder, tmp_path):

@@ -17,9 +17,9 @@ from adalora_fast.analysis.shared import SharedModel
 from adalora_fast.analysis.soup import averaging_soup, ensemble_logits, greedy_soup, uniform_soup
 from adalora_fast.analysis.soup_files import save_lora
 from adalora_fast.analysis.soups import make_soup
-from adalora_fast.experiments.tasks import Split
+from adalora_fast.experiments.data.tasks import Split
 from adalora_fast.integrations.files import CONFIG, WEIGHTS
-from tests.experiments.training import read
+from tests.helpers.training_runs import read
 
 
 @settings(max_examples=60, deadline=None)

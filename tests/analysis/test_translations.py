@@ -11,12 +11,12 @@ from adalora_fast.analysis.rows import read_rows
 from adalora_fast.analysis.saved import open_run, open_runs
 from adalora_fast.analysis.shared import SharedModel
 from adalora_fast.analysis.translations import ACCURACY, PairSet, mean_decoder_states
-from adalora_fast.experiments.recipes import Recipe
-from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.tasks import TASKS
-from adalora_fast.experiments.translation import set_languages
-from tests.experiments.mbart import needs_sentencepiece, pairs, save_mbart, write_pairs
-from tests.experiments.training import train
+from adalora_fast.experiments.data.tasks import TASKS
+from adalora_fast.experiments.data.translation import set_languages
+from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.recipes import Recipe
+from tests.helpers.mbart import needs_sentencepiece, pairs, save_mbart, write_pairs
+from tests.helpers.training_runs import train
 
 pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (the experiments extra)")
 pytestmark = needs_sentencepiece

@@ -70,7 +70,7 @@ def test_every_file_belongs_to_one_op():
     assert sum(map(len, each.values())) == len(set().union(*each.values()))
     assert set().union(*each.values()) == set(gate.files("slow"))
     assert "tests/ops/test_cuda_allocation.py" in each["allocation"]
-    assert "tests/test_allocator_kernels.py" in each["steps"]
+    assert "tests/allocator/test_kernels.py" in each["steps"]
 
 
 def test_the_gates_have_every_gpu_test_and_need_few_packages(tmp_path):
@@ -80,7 +80,7 @@ def test_the_gates_have_every_gpu_test_and_need_few_packages(tmp_path):
 
     def collected(*arguments: str, **variables: str) -> set[str]:
         done = subprocess.run(
-            [sys.executable, *arguments, "-p", "tests.ops.pretended_gpu", "--collect-only"],
+            [sys.executable, *arguments, "-p", "tests.helpers.pretended_gpu", "--collect-only"],
             cwd=gate.ROOT,
             env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), **variables},
             capture_output=True,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from adalora_fast.bench.results import Results, Row, read
 from adalora_fast.environment import environment
-from adalora_fast.ops import backend
+from adalora_fast.ops.dispatch import backend
 from benchmarks import peers
 from benchmarks.measure import measure
+from benchmarks.report.results import Results, Row, read
 from benchmarks.suites import SCALES, Case, growth, inference, memory, models, step
 
 CPU = torch.device("cpu")

@@ -8,15 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from adalora_fast.bench.results import Results, Row, read
 from adalora_fast.environment import environment
-from adalora_fast.ops import backend
+from adalora_fast.ops.dispatch import backend
 from benchmarks import peers
 from benchmarks.measure import measure
 from benchmarks.peers import extra
+from benchmarks.report.results import Results, Row, read
 from benchmarks.roofline import Ceilings
 from benchmarks.suites import SCALES, Case, adapter, allocation, importance, orthogonality
-from tests.ops.backends import force
+from tests.helpers.backends import force
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SUITES = {

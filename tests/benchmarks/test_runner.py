@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adalora_fast.bench.results import Results, read
 from benchmarks import digest, runner, timings
+from benchmarks.report.results import Results, read
 from benchmarks.roofline import Ceilings
 from benchmarks.suites import Case, Contestant, Work, apart, is_compiled
 

@@ -6,8 +6,8 @@ import pytest
 
 from adalora_fast import entry
 from tests.commands.calling import SETTINGS
-from tests.experiments.offline import no_network  # noqa: F401 - for every test here
-from tests.experiments.tiny import save_encoder, write_sst2
+from tests.helpers.offline import no_network  # noqa: F401 - for every test here
+from tests.helpers.tiny import save_encoder, write_sst2
 
 
 @pytest.fixture(scope="module")

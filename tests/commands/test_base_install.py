@@ -15,7 +15,7 @@ from adalora_fast.entry import parse_plainly
 from adalora_fast.export_command import Export
 from adalora_fast.extras import EXTRAS, PARSING, RUNS, missing, needed, remedy
 from tests.commands.calling import ROOT
-from tests.integrations.checkpoints import checkpoints
+from tests.helpers.checkpoints import checkpoints
 
 BASE = {"numpy", "accelerate", "filelock", "rich"}  # what torch, transformers and PEFT bring by themselves
 BLOCKED = """

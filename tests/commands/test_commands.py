@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from adalora_fast import cli
-from adalora_fast.experiments import single
+from adalora_fast.experiments.run import single
 from tests.commands.calling import ROOT, SETTINGS, refused, run, sweep, train
-from tests.experiments.tiny import write_parquet
+from tests.helpers.tiny import write_parquet
 
 
 def test_train_again_and_report(capsys, here):

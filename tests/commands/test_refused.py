@@ -4,7 +4,7 @@ import pytest
 
 from adalora_fast import cli
 from tests.commands.calling import left_behind, refused, sweep, train
-from tests.experiments.tiny import write_parquet
+from tests.helpers.tiny import write_parquet
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_place_that_cannot_be_written(capsys, here, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("adalora_fast.experiments.runs.Path.mkdir", refuse)
+    monkeypatch.setattr("adalora_fast.experiments.run.folder.Path.mkdir", refuse)
     line = refused(capsys, train())
     assert f"cannot write to {here} (Permission denied); choose another --output" in line
 

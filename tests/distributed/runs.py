@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_fast import RankAllocator, orthogonality_loss
-from tests.small_model import kept, make_allocator, make_model, make_optimizer, parameters_of
+from tests.helpers.small_model import kept, make_allocator, make_model, make_optimizer, parameters_of
 
 STEPS = 12
 ROWS = 8  # of a step's batch, all processes together

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join
 
-from adalora_fast import capture, distributed, orthogonality_loss, register_score, scores
-from adalora_fast.uneven import JoinableAllocator
+from adalora_fast import orthogonality_loss, register_score
+from adalora_fast.allocator import capture, scores
+from adalora_fast.distributed import processes as distributed
+from adalora_fast.distributed.join import JoinableAllocator
 from tests.distributed.processes import Processes
 from tests.distributed.runs import (
     GAMMA,
@@ -26,7 +28,7 @@ from tests.distributed.runs import (
     share,
     train,
 )
-from tests.small_model import kept, make_allocator, make_model, parameters_of
+from tests.helpers.small_model import kept, make_allocator, make_model, parameters_of
 
 
 def run_even(bucket_view=False, **options):

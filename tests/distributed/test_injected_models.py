@@ -10,11 +10,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_fast import AdaLoraCallback, fuse
-from adalora_fast.allocator_state import FILE_NAME
+from adalora_fast.allocator.state import FILE_NAME
 from tests.distributed.runs import agree
 from tests.distributed.test_peft_models import full, same, save, share
-from tests.integrations.injecting import added
-from tests.models import trainable
+from tests.helpers.injecting import added
+from tests.helpers.models import trainable
 
 STEPS = 16
 

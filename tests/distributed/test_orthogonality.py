@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from adalora_fast import fuse, orthogonality_loss
-from adalora_fast.uneven import JoinableAllocator
+from adalora_fast.distributed.join import JoinableAllocator
 from tests.distributed.test_peft_models import CONFIG, full, share, wrapped
-from tests.models import adapted, trainable
+from tests.helpers.models import adapted, trainable
 
 GAMMA = 0.5
 

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_fast import AdaLoraCallback, fuse
-from adalora_fast.allocator_state import FILE_NAME
+from adalora_fast.allocator.state import FILE_NAME
 from tests.distributed.runs import agree
-from tests.models import adapted, batch, trainable
+from tests.helpers.models import adapted, batch, trainable
 
 STEPS = 16
 CONFIG = {"total_step": STEPS, "tinit": 2, "tfinal": 4, "deltaT": 2}

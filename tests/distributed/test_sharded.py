@@ -7,10 +7,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from adalora_fast import capture, orthogonality_loss, register_score, scores
-from adalora_fast.allocator_state import FILE_NAME, read_state, write_state
+from adalora_fast import orthogonality_loss, register_score
+from adalora_fast.allocator import capture, scores
+from adalora_fast.allocator.state import FILE_NAME, read_state, write_state
 from tests.distributed.runs import GAMMA, STEPS, agree, alone, same_run, share, step, train
-from tests.small_model import kept, make_allocator, make_model, make_optimizer, parameters_of
+from tests.helpers.small_model import kept, make_allocator, make_model, make_optimizer, parameters_of
 
 WRAPPINGS = ("layers and root", "root", "layers", "layers kept whole", "two groups", "replicated shards")
 

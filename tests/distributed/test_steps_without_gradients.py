@@ -9,10 +9,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_fast import RankAllocator
-from adalora_fast.uneven import JoinableAllocator
+from adalora_fast.distributed.join import JoinableAllocator
+from tests.allocator.test_steps_without_gradients import SCHEDULE, STEPS, WITHOUT, Seeing, backward
 from tests.distributed.runs import agree
-from tests.small_model import kept
-from tests.test_steps_without_gradients import SCHEDULE, STEPS, WITHOUT, Seeing, backward
+from tests.helpers.small_model import kept
 
 WHO = {1: (0,), 2: (1,), 3: (0, 1)}  # at steps t % 4, the processes whose batch is text alone
 

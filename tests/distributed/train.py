@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from adalora_fast import AdaLoraCallback
+from tests.helpers.models import trained_weights
+from tests.helpers.trainers import peft_model, trainer
 from tests.integrations.test_orthogonality_once import share_of_r
-from tests.integrations.training import peft_model, trainer
-from tests.models import trained_weights
 
 OPTIONS = {"tinit": 4, "tfinal": 7, "deltaT": 3}  # the final mask is made at step 17 of 24
 SAVED = 10

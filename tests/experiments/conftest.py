@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from adalora_fast.experiments import sweep
-from adalora_fast.experiments.runs import open_run
-from adalora_fast.experiments.sweep import make_plan
-from tests.experiments.offline import no_network  # noqa: F401 - for every test here
-from tests.experiments.planning import DEFAULTS, GRID
+from adalora_fast.experiments.run.folder import open_run
+from adalora_fast.experiments.sweep import sweep
+from adalora_fast.experiments.sweep.sweep import make_plan
+from tests.helpers.offline import no_network  # noqa: F401 - for every test here
+from tests.helpers.planning import DEFAULTS, GRID
 
 
 @pytest.fixture

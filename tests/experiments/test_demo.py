@@ -4,10 +4,12 @@ import random
 
 import pytest
 
-from adalora_fast.experiments import demo, models, training
-from adalora_fast.experiments.docstrings import DocstringCorpus
-from tests.experiments.tiny import FILLERS, printed, quiet_console, save_encoder
-from tests.experiments.training import files, read
+from adalora_fast.experiments import demo
+from adalora_fast.experiments.data.docstrings import DocstringCorpus
+from adalora_fast.experiments.models import packages as models
+from adalora_fast.experiments.run import training
+from tests.helpers.tiny import FILLERS, printed, quiet_console, save_encoder
+from tests.helpers.training_runs import files, read
 
 LABELS = ["head-only", "lora-r8", *demo.SCORES]
 MODULES = tuple(f"module{i}" for i in range(10))

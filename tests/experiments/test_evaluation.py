@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from adalora_fast.experiments import evaluation
 from adalora_fast.experiments.evaluation import evaluate_run
 from adalora_fast.experiments.metrics import interval
-from tests.experiments.tiny import RECIPE, printed, quiet_console, save_encoder, write_parquet, write_sst2
-from tests.experiments.training import files, read, settings, train
+from tests.helpers.tiny import RECIPE, printed, quiet_console, save_encoder, write_parquet, write_sst2
+from tests.helpers.training_runs import files, read, settings, train
 
 SHORT = replace(RECIPE, epochs=2, tinit=1, tfinal=1, deltaT=1, bottleneck=4, virtual_tokens=3)
 WITH_BIASES = replace(SHORT, train_biases=True)
@@ -71,7 +71,7 @@ def test_the_model_that_comes_back_is_the_one_that_was_trained(finished, tmp_pat
     """On the run's own rows: its own predictions, loss and metrics."""
     folder = finished(name)
     if name == "fusion":  # the runs that it started from are not needed
-        monkeypatch.setattr("adalora_fast.experiments.fusion.open_sources", lambda settings: 1 / 0)
+        monkeypatch.setattr("adalora_fast.experiments.methods.fusion.open_sources", lambda settings: 1 / 0)
     result, said = evaluate(folder, output=tmp_path / "out")
     own = read(folder, "result.json")
     assert result["metrics"].keys() == own["metrics"].keys()

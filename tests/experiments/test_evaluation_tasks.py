@@ -7,16 +7,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from adalora_fast.analysis.soups import make_soup
-from adalora_fast.experiments import docstrings
+from adalora_fast.experiments.data import docstrings
+from adalora_fast.experiments.data.workloads import Classification
 from adalora_fast.experiments.demo import corpus_splits, corpus_task
-from adalora_fast.experiments.progress import TrainingProgress
-from adalora_fast.experiments.runs import RunSettings
-from adalora_fast.experiments.training import train_run
-from adalora_fast.experiments.workloads import Classification
-from tests.experiments import mbart, test_question_answering, tiny
+from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.run.progress import TrainingProgress
+from adalora_fast.experiments.run.training import train_run
+from tests.experiments.data import test_question_answering
 from tests.experiments.test_evaluation import SHORT, evaluate
-from tests.experiments.tiny import quiet_console, write_parquet, write_sst2
-from tests.experiments.training import read, settings, train
+from tests.helpers import mbart, tiny
+from tests.helpers.tiny import quiet_console, write_parquet, write_sst2
+from tests.helpers.training_runs import read, settings, train
 
 
 def assert_as_the_run_itself(folder, result, output):

@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 
 from adalora_fast import fuse
-from tests.models import awake, batch, trainable, trained_weights
-from tests.parity.runs import singular_values
+from tests.helpers.models import awake, batch, trainable, trained_weights
+from tests.helpers.parity_runs import singular_values
 
 SHORT = {"total_step": 16, "tinit": 2, "tfinal": 4}
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import adapter_layers, factors_of
-from tests.integrations.checkpoints import ADAPTER
-from tests.models import adapted, awake
+from tests.helpers.checkpoints import ADAPTER
+from tests.helpers.models import adapted, awake
 
-SCALE = 8 / (4 + 1e-5)  # lora_alpha / (init_r + 1e-5) of tests.models.adapt
+SCALE = 8 / (4 + 1e-5)  # lora_alpha / (init_r + 1e-5) of tests.helpers.models.adapt
 KEPT = ([0, 2], [1], [], [0, 1, 2, 3])  # in turn, so that the mean is below the target of 2
 
 

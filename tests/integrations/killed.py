@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from adalora_fast import AdaLoraCallback
-from tests.integrations.training import peft_model, trainer
+from tests.helpers.trainers import peft_model, trainer
 
 OPTIONS = {"tinit": 4, "tfinal": 7, "deltaT": 3}  # the final mask is made at step 17 of 24
 

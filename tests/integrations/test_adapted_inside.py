@@ -8,10 +8,10 @@ from torch import nn
 from adalora_fast import compact, fuse, to_lora
 from adalora_fast.integrations.locate import peft_models
 from adalora_fast.integrations.peft import is_fused
-from tests.integrations.helpers import logits as peft_logits
-from tests.integrations.helpers import one_line
-from tests.integrations.injecting import END, Towers, Wrapped, added, injected, logits, run_steps
-from tests.models import adapted, awake, bert, trainable
+from tests.helpers.injecting import END, Towers, Wrapped, added, injected, logits, run_steps
+from tests.helpers.models import adapted, awake, bert, trainable
+from tests.helpers.peft_models import logits as peft_logits
+from tests.helpers.peft_models import one_line
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from transformers import Trainer
 
 from adalora_fast import AdaLoraCallback
 from adalora_fast.integrations.locate import peft_models, tuners
-from tests.integrations.helpers import no_warning, one_line, same_state, same_weights
-from tests.integrations.injecting import Towers, Wrapped, added, injected, logits
-from tests.integrations.training import STEPS, StopAt, trainer
-from tests.models import bert, trainable
+from tests.helpers.injecting import Towers, Wrapped, added, injected, logits
+from tests.helpers.models import bert, trainable
+from tests.helpers.peft_models import no_warning, one_line, same_state, same_weights
+from tests.helpers.trainers import STEPS, StopAt, trainer
 
 LAYERS = 13
 MODELS = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from adalora_fast import compact, fuse, to_lora
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.helpers import one_line
+from tests.helpers.peft_models import one_line
 
 WEIGHTS = "adapter_model.safetensors"
 END = 12

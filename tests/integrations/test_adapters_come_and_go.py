@@ -9,9 +9,9 @@ from torch import nn
 
 from adalora_fast import RankAllocator, fuse, to_lora
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.checkpoints import CONFIG, END, MIDDLE, checkpoints, loaded_by_peft, new, train
-from tests.integrations.helpers import adamw, logits, one_line, same_state, same_weights
-from tests.models import ENCODER_LINEARS, adapted, bert
+from tests.helpers.checkpoints import CONFIG, END, MIDDLE, checkpoints, loaded_by_peft, new, train
+from tests.helpers.models import ENCODER_LINEARS, adapted, bert
+from tests.helpers.peft_models import adamw, logits, one_line, same_state, same_weights
 
 
 def settings(**changes) -> AdaLoraConfig:
@@ -146,7 +146,7 @@ def renamed() -> PeftModel:
 
 @torch.no_grad()
 def answer(model: PeftModel) -> torch.Tensor:
-    from tests.models import batch
+    from tests.helpers.models import batch
 
     inputs = batch(99)
     return model.eval()(inputs["input_ids"], inputs["attention_mask"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from adalora_fast import AdaLoraCallback
-from tests.integrations.checkpoints import ADAPTER, loaded_by_peft, stored
-from tests.integrations.helpers import logits
-from tests.integrations.training import Watch, peft_model, trainer
+from tests.helpers.checkpoints import ADAPTER, loaded_by_peft, stored
+from tests.helpers.peft_models import logits
+from tests.helpers.trainers import Watch, peft_model, trainer
 
 LAYERS = 13
 OPTIONS = {"tinit": 4, "tfinal": 7, "deltaT": 3}  # the final mask is made at step 17 of 24

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from adalora_fast import fuse
-from adalora_fast.allocator_state import read_state
+from adalora_fast.allocator.state import read_state
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.checkpoints import (
+from tests.helpers.checkpoints import (
     ADAPTER,
     END,
     LAYERS,
@@ -21,8 +21,8 @@ from tests.integrations.checkpoints import (
     stored,
     train,
 )
-from tests.integrations.helpers import adamw, logits, no_warning, same_state, same_weights
-from tests.models import awake, trained_weights
+from tests.helpers.models import awake, trained_weights
+from tests.helpers.peft_models import adamw, logits, no_warning, same_state, same_weights
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # cut-down products sum in another order
 

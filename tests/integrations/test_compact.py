@@ -8,13 +8,13 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
 from adalora_fast import compact, fuse
-from adalora_fast.allocator_state import read_state
+from adalora_fast.allocator.state import read_state
 from adalora_fast.integrations.layers import adapter_layers, factors_of
-from tests.integrations.checkpoints import loaded_by_peft, stored
+from tests.helpers.checkpoints import loaded_by_peft, stored
+from tests.helpers.models import adapted, batch, trainable, trained_weights
+from tests.helpers.peft_models import logits, no_warning, one_line, same_state
+from tests.helpers.small_model import backward, layers_of, make_allocator, make_model, make_optimizer
 from tests.integrations.exporting import Convolutions
-from tests.integrations.helpers import logits, no_warning, one_line, same_state
-from tests.models import adapted, batch, trainable, trained_weights
-from tests.small_model import backward, layers_of, make_allocator, make_model, make_optimizer
 
 FINAL, CUT, END = 14, 17, 26  # the final mask, the compaction, the last step
 OPTIMIZERS = {

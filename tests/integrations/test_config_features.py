@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import adapter_layers
+from tests.helpers.models import TARGETS, VOCABULARY, adapt, awake, batch, bert, trainable
+from tests.helpers.peft_models import logits, one_line
 from tests.integrations.comparing import SHORT, assert_same_run, awake_and_fused, short_run
-from tests.integrations.helpers import logits, one_line
-from tests.models import TARGETS, VOCABULARY, adapt, awake, batch, bert, trainable
 
 INFERENCE = {"inference_mode": True, "init_r": 6, "target_r": 2, "total_step": 10, "task_type": "SEQ_CLS"}
 

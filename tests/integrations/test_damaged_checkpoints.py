@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.checkpoints import ADAPTER, CONFIG, END, STATE, checkpoints, new, train
-from tests.integrations.helpers import adamw, logits, one_line, same_state
-from tests.models import adapted, trained_weights
+from tests.helpers.checkpoints import ADAPTER, CONFIG, END, STATE, checkpoints, new, train
+from tests.helpers.models import adapted, trained_weights
+from tests.helpers.peft_models import adamw, logits, one_line, same_state
 
 
 def truncate(path) -> None:

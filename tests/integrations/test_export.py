@@ -15,11 +15,20 @@ from torch import nn
 
 from adalora_fast import AdaLoraLinear, RankAllocator, compact, fuse, servable, to_lora
 from adalora_fast.integrations.layers import adapter_layers, factors_of
-from tests.integrations.checkpoints import END, checkpoints, new, train
-from tests.integrations.exporting import SCALE, Convolutions, kept_of, off, prune, pruned, ranks_of, rules
-from tests.integrations.helpers import adamw, logits, no_warning, one_line, steps
-from tests.models import BASES, TARGETS, adapt, adapted, awake, bert, trained_weights
-from tests.small_model import make_model
+from tests.helpers.checkpoints import END, checkpoints, new, train
+from tests.helpers.models import BASES, TARGETS, adapt, adapted, awake, bert, trained_weights
+from tests.helpers.peft_models import adamw, logits, no_warning, one_line, steps
+from tests.helpers.small_model import make_model
+from tests.integrations.exporting import (
+    SCALE,
+    Convolutions,
+    kept_of,
+    off,
+    prune,
+    pruned,
+    ranks_of,
+    rules,
+)
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = list(TARGETS)
@@ -122,7 +131,7 @@ sys.meta_path.insert(0, Blocked())
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests.models import llama
+from tests.helpers.models import llama
 folder, inputs, outputs = sys.argv[1:]
 model = PeftModel.from_pretrained(llama(), folder).eval()
 with torch.no_grad():

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from adalora_fast import cli, to_lora
 from adalora_fast.integrations.export import export_folder
-from tests.integrations.checkpoints import ADAPTER, checkpoints, loaded_by_peft
+from tests.helpers.checkpoints import ADAPTER, checkpoints, loaded_by_peft
+from tests.helpers.peft_models import logits, no_warning, one_line
 from tests.integrations.exporting import off, rules
-from tests.integrations.helpers import logits, no_warning, one_line
 
 
 @pytest.mark.parametrize("uniform", [False, True], ids=["ragged", "uniform"])

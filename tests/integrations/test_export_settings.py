@@ -15,9 +15,9 @@ from adalora_fast.integrations import lora_settings
 from adalora_fast.integrations.export import export_folder
 from adalora_fast.integrations.layers import adapter_layers
 from adalora_fast.integrations.lora_settings import CARRIED, FOLDED, OVER, REFUSED
+from tests.helpers.models import awake
+from tests.helpers.peft_models import one_line
 from tests.integrations.exporting import off, prune, pruned, ranks_of
-from tests.integrations.helpers import one_line
-from tests.models import awake
 
 IDS = torch.arange(3, 17).view(2, 7)
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from adalora_fast import fuse
+from tests.helpers.models import TARGETS, adapt, adapted, awake, batch, bert, trainable
+from tests.helpers.peft_models import logits
+from tests.helpers.trainers import peft_model, trainer
 from tests.integrations.comparing import SHORT, assert_same_run, awake_and_fused, short_run
-from tests.integrations.helpers import logits
-from tests.integrations.training import peft_model, trainer
-from tests.models import TARGETS, adapt, adapted, awake, batch, bert, trainable
 
 
 def build(**overrides):

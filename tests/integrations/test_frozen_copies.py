@@ -18,9 +18,9 @@ from peft import (
 from torch import nn
 
 from adalora_fast import compact, fuse, to_lora
-from tests.integrations.checkpoints import ADAPTER, CONFIG, END, LAYERS, STATE, checkpoints, new, train
-from tests.integrations.helpers import adamw, logits, one_line, same_state, same_weights, steps
-from tests.models import adapted, awake, bert, trainable
+from tests.helpers.checkpoints import ADAPTER, CONFIG, END, LAYERS, STATE, checkpoints, new, train
+from tests.helpers.models import adapted, awake, bert, trainable
+from tests.helpers.peft_models import adamw, logits, one_line, same_state, same_weights, steps
 
 
 def middle() -> PeftModel:

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers, fuse_layer
-from tests.integrations.helpers import adamw, logits, one_line, steps, trained
-from tests.models import adapted, awake, batch
+from tests.helpers.models import adapted, awake, batch
+from tests.helpers.peft_models import adamw, logits, one_line, steps, trained
 
 IN, OUT = 10, 14
 KINDS = ("lora_A", "lora_E", "lora_B")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from adalora_fast import fuse, import_official, to_lora
 from adalora_fast.integrations.layers import adapter_layers
+from tests.helpers.models import TARGETS, adapted, batch, bert, trained_weights
+from tests.helpers.peft_models import logits, no_warning, one_line
+from tests.helpers.small_model import make_allocator, make_model
 from tests.integrations.exporting import kept_of, off
-from tests.integrations.helpers import logits, no_warning, one_line
-from tests.models import TARGETS, adapted, batch, bert, trained_weights
-from tests.small_model import make_allocator, make_model
 
 RANK, ALPHA = 4, 8
 

@@ -13,8 +13,7 @@ from transformers import BertForSequenceClassification
 from adalora_fast import RankAllocator, compact, fuse, import_official, orthogonality_loss, to_lora
 from adalora_fast.integrations.layers import FusedLayer, adapter_layers
 from adalora_fast.integrations.locate import peft_models, tuners
-from tests.integrations.helpers import one_line, same_state, same_weights
-from tests.integrations.injecting import (
+from tests.helpers.injecting import (
     END,
     LAYERS,
     MAKERS,
@@ -27,7 +26,8 @@ from tests.integrations.injecting import (
     run_steps,
     twin,
 )
-from tests.models import awake, batch, bert, trainable
+from tests.helpers.models import awake, batch, bert, trainable
+from tests.helpers.peft_models import one_line, same_state, same_weights
 
 
 def names_like_the_twin(model: nn.Module) -> dict[str, torch.Tensor]:

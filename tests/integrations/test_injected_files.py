@@ -9,8 +9,7 @@ from peft import PeftModel
 from transformers import BertForSequenceClassification
 
 from adalora_fast import fuse, to_lora
-from tests.integrations.helpers import no_warning, one_line, same_state, same_weights
-from tests.integrations.injecting import (
+from tests.helpers.injecting import (
     END,
     LAYERS,
     added,
@@ -21,7 +20,8 @@ from tests.integrations.injecting import (
     run_steps,
     twin,
 )
-from tests.models import awake, batch, bert, trainable
+from tests.helpers.models import awake, batch, bert, trainable
+from tests.helpers.peft_models import no_warning, one_line, same_state, same_weights
 
 STATE = "adalora_allocator.safetensors"
 

@@ -7,8 +7,8 @@ from peft import AdaLoraConfig, get_peft_model
 from adalora_fast import fuse, to_lora
 from adalora_fast.integrations.export import export_folder
 from adalora_fast.integrations.model_card import RUN, is_on_hub, shown_base, write_section
-from tests.integrations.checkpoints import CONFIG, checkpoints
-from tests.models import ENCODER_LINEARS, awake, bert
+from tests.helpers.checkpoints import CONFIG, checkpoints
+from tests.helpers.models import ENCODER_LINEARS, awake, bert
 
 
 def from_folder(path: str, **settings):

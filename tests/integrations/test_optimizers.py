@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from adalora_fast import AdaLoraCallback
-from tests.integrations.helpers import same_weights
-from tests.integrations.training import STEPS, Watch, peft_model, trainer
-from tests.models import trainable
+from tests.helpers.models import trainable
+from tests.helpers.peft_models import same_weights
+from tests.helpers.trainers import STEPS, Watch, peft_model, trainer
 
 LAYERS = 13
 OPTIONS = {"tinit": 4, "tfinal": 7, "deltaT": 3}

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from adalora_fast import AdaLoraCallback, fuse, orthogonality_loss
-from adalora_fast.regulariser import MISSING_FOR
-from tests import models
-from tests.integrations.helpers import no_warning
-from tests.models import adapted, trainable
+from adalora_fast.allocator.regulariser import MISSING_FOR
+from tests.helpers import models
+from tests.helpers.models import adapted, trainable
+from tests.helpers.peft_models import no_warning
 
 GAMMA = 0.5
 CONFIG = {"total_step": 1000, "tinit": 10, "tfinal": 10, "orth_reg_weight": GAMMA}

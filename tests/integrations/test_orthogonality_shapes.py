@@ -7,9 +7,9 @@ import torch
 
 from adalora_fast import fuse, orthogonality_loss
 from adalora_fast.integrations.locate import tuners
-from tests.integrations.helpers import one_line
-from tests.integrations.injecting import MAKERS, Towers
-from tests.models import batch, trainable
+from tests.helpers.injecting import MAKERS, Towers
+from tests.helpers.models import batch, trainable
+from tests.helpers.peft_models import one_line
 
 GAMMA = 0.5
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers
-from tests.integrations.helpers import one_line
-from tests.models import awake
+from tests.helpers.models import awake
+from tests.helpers.peft_models import one_line
 
 IN, OUT = 32, 24
 ADALORA = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 4, "total_step": 20}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adalora_fast import fuse, to_lora
-from tests.integrations.helpers import logits, one_line
-from tests.models import adapted, awake, bert
+from tests.helpers.models import adapted, awake, bert
+from tests.helpers.peft_models import logits, one_line
 
 
 def patched(model, kind: str):

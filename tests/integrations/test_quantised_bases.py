@@ -10,8 +10,9 @@ from torch import nn
 from adalora_fast import fuse
 from adalora_fast.integrations.export import to_lora
 from adalora_fast.integrations.layers import FusedLayer, adapter_layers
-from tests.integrations.helpers import adamw, logits, no_warning, one_line, same_weights, steps, trained
-from tests.integrations.quantised import (
+from tests.helpers.models import LLAMA_LINEARS, adapt, awake, llama, trained_weights
+from tests.helpers.peft_models import adamw, logits, no_warning, one_line, same_weights, steps, trained
+from tests.helpers.quantised import (
     KINDS,
     adapted_quantised,
     awake_quantised,
@@ -20,8 +21,7 @@ from tests.integrations.quantised import (
     small,
     smooth_logits,
 )
-from tests.integrations.training import trainer
-from tests.models import LLAMA_LINEARS, adapt, awake, llama, trained_weights
+from tests.helpers.trainers import trainer
 
 pytestmark = needs_bitsandbytes
 CLASSES = {"int8": "SVDLinear8bitLt", "nf4": "SVDLinear4bit", "fp4": "SVDLinear4bit"}

@@ -11,8 +11,8 @@ from torch import Tensor
 from adalora_fast import servable, to_lora
 from adalora_fast.integrations.layers import adapter_layers
 from adalora_fast.integrations.serving import OWN_RANK, READERS, SERVERS
+from tests.helpers.models import TARGETS, llama
 from tests.integrations.exporting import off, pruned
-from tests.models import TARGETS, llama
 
 # alpha / r of the whole adapter; alpha / (columns of this layer's B); both without a look at the patterns.
 SCALES = {

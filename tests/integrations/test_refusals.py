@@ -12,8 +12,8 @@ from torch import nn
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.helpers import adamw, logits, one_line, same_weights, steps, trained
-from tests.models import adapted, batch, bert
+from tests.helpers.models import adapted, batch, bert
+from tests.helpers.peft_models import adamw, logits, one_line, same_weights, steps, trained
 
 ADALORA = {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["query"]}
 

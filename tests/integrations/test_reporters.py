@@ -10,8 +10,8 @@ from transformers.trainer_utils import default_compute_objective
 
 from adalora_fast import AdaLoraCallback
 from adalora_fast.integrations.figures import HISTOGRAMS, RANKS, RankHistograms
-from tests.integrations.helpers import no_warning, one_line
-from tests.integrations.training import STEPS, peft_model, trainer
+from tests.helpers.peft_models import no_warning, one_line
+from tests.helpers.trainers import STEPS, peft_model, trainer
 
 SCALARS = ("budget", "rank_min", "rank_mean", "rank_max", "orthogonality")
 

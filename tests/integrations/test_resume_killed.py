@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from tests.integrations.helpers import no_warning, same_state, same_weights
+from tests.helpers.peft_models import no_warning, same_state, same_weights
+from tests.helpers.trainers import STEPS
 from tests.integrations.killed import make
-from tests.integrations.training import STEPS
 
 KILLS = {
     "warm-up": "after:3",

@@ -11,11 +11,12 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from adalora_fast import AdaLoraCallback, fuse, gradients, to_lora
+from adalora_fast import AdaLoraCallback, fuse, to_lora
+from adalora_fast.allocator import gradients
 from adalora_fast.integrations.trainer import unwrap
-from tests.integrations.helpers import adamw, logits, no_warning, steps
-from tests.integrations.training import STEPS, peft_model, trainer
-from tests.models import adapted, bert, examples, trainable
+from tests.helpers.models import adapted, bert, examples, trainable
+from tests.helpers.peft_models import adamw, logits, no_warning, steps
+from tests.helpers.trainers import STEPS, peft_model, trainer
 
 SHORT = {"total_step": 20, "tinit": 2, "tfinal": 4, "deltaT": 1}
 

@@ -8,11 +8,12 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 
 import adalora_fast.integrations.checkpoints as integration
-from adalora_fast import allocator_state, fuse
-from adalora_fast.allocator_state import read_state
-from tests.integrations.checkpoints import ADAPTER, CONFIG, END, STATE, loaded_by_peft, new, stored, train
-from tests.integrations.helpers import adamw, logits, one_line
-from tests.models import ENCODER_LINEARS, adapted, awake, bert, trained_weights
+from adalora_fast import fuse
+from adalora_fast.allocator import state as allocator_state
+from adalora_fast.allocator.state import read_state
+from tests.helpers.checkpoints import ADAPTER, CONFIG, END, STATE, loaded_by_peft, new, stored, train
+from tests.helpers.models import ENCODER_LINEARS, adapted, awake, bert, trained_weights
+from tests.helpers.peft_models import adamw, logits, one_line
 
 
 def contents(folder) -> dict[str, bytes]:

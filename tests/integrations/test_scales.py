@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from adalora_fast import fuse, to_lora
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.checkpoints import loaded_by_peft
-from tests.integrations.helpers import adamw, logits, one_line, steps
-from tests.models import adapt, awake, batch, bert, trained_weights
+from tests.helpers.checkpoints import loaded_by_peft
+from tests.helpers.models import adapt, awake, batch, bert, trained_weights
+from tests.helpers.peft_models import adamw, logits, one_line, steps
 
 RUN = {"total_step": 20, "tinit": 2, "tfinal": 4, "targets": ["query", "value"]}
 ALPHA, RANK = 8, 4

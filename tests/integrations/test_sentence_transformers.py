@@ -7,9 +7,9 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 from adalora_fast import AdaLoraCallback, fuse, to_lora
 from adalora_fast.integrations.locate import tuners
-from tests.integrations.helpers import same_state, same_weights
-from tests.integrations.injecting import config
-from tests.models import VOCABULARY, awake, bert
+from tests.helpers.injecting import config
+from tests.helpers.models import VOCABULARY, awake, bert
+from tests.helpers.peft_models import same_state, same_weights
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="it is not installed")
 pytest.importorskip("datasets", reason="its trainer needs datasets")

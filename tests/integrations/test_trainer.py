@@ -11,9 +11,9 @@ from transformers import Trainer
 from adalora_fast import AdaLoraCallback, fuse
 from adalora_fast.integrations.peft import is_fused
 from adalora_fast.integrations.trainer import unwrap
-from tests.integrations.helpers import no_warning, one_line
-from tests.integrations.training import STEPS, StopAt, Watch, peft_model, trainer
-from tests.models import bert, examples, trainable
+from tests.helpers.models import bert, examples, trainable
+from tests.helpers.peft_models import no_warning, one_line
+from tests.helpers.trainers import STEPS, StopAt, Watch, peft_model, trainer
 
 LAYERS = 13
 

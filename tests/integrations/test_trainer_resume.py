@@ -9,11 +9,11 @@ import torch
 from transformers import Trainer
 
 from adalora_fast import AdaLoraCallback, fuse
-from adalora_fast.allocator_state import read_state
-from tests.integrations.checkpoints import ADAPTER, STATE, loaded_by_peft, stored
-from tests.integrations.helpers import logits, no_warning, one_line, same_state, same_weights
-from tests.integrations.training import STEPS, Watch, peft_model, trainer
-from tests.models import examples
+from adalora_fast.allocator.state import read_state
+from tests.helpers.checkpoints import ADAPTER, STATE, loaded_by_peft, stored
+from tests.helpers.models import examples
+from tests.helpers.peft_models import logits, no_warning, one_line, same_state, same_weights
+from tests.helpers.trainers import STEPS, Watch, peft_model, trainer
 
 LAYERS = 13
 OPTIONS = {"tinit": 4, "tfinal": 7, "deltaT": 3}  # the final mask is made at step 17

@@ -6,9 +6,9 @@ from peft import PeftModel
 
 from adalora_fast import AdaLoraCallback, fuse
 from adalora_fast.integrations.peft import is_fused
-from tests.integrations.checkpoints import ADAPTER, STATE
-from tests.integrations.helpers import same_state, same_weights
-from tests.models import trained_weights
+from tests.helpers.checkpoints import ADAPTER, STATE
+from tests.helpers.models import trained_weights
+from tests.helpers.peft_models import same_state, same_weights
 
 pytest.importorskip("trl", reason="trl is not installed")
 

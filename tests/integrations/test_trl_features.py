@@ -9,21 +9,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainerCallback
 
 from adalora_fast import fuse, to_lora
-from tests.integrations.helpers import same_weights
-from tests.models import awake, trained_weights
+from tests.helpers.models import awake, trained_weights
+from tests.helpers.peft_models import same_weights
 
 pytest.importorskip("trl", reason="trl is not installed")
 
-from tests.integrations.trl_cases import (
-    STEPS,
-    TOTAL,
-    chats,
-    finished,
-    llama,
-    make,
-    peft_model,
-    reloaded,
-)
+from tests.integrations.trl_cases import STEPS, TOTAL, chats, finished, llama, make, peft_model, reloaded
 
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
 

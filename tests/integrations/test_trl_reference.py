@@ -7,20 +7,13 @@ import torch
 from peft import PeftModel
 
 from adalora_fast import fuse
-from tests.integrations.checkpoints import STATE
-from tests.integrations.helpers import same_weights
-from tests.models import awake
+from tests.helpers.checkpoints import STATE
+from tests.helpers.models import awake
+from tests.helpers.peft_models import same_weights
 
 pytest.importorskip("trl", reason="trl is not installed")
 
-from tests.integrations.trl_cases import (
-    STEPS,
-    llama,
-    make,
-    peft_model,
-    reloaded,
-    settings,
-)
+from tests.integrations.trl_cases import STEPS, llama, make, peft_model, reloaded, settings
 
 BETA = {"GRPO": {"beta": 0.1}, "RLOO": {"beta": 0.1}}
 IDS = torch.arange(2, 14)[None]

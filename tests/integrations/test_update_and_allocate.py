@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adalora_fast import AdaLoraLinear, RankAllocator, fuse, orthogonality_loss
-from tests.integrations.helpers import adamw, no_warning, one_line, same_state, steps
-from tests.models import adapted, batch, trainable
+from tests.helpers.models import adapted, batch, trainable
+from tests.helpers.peft_models import adamw, no_warning, one_line, same_state, steps
 
 SHORT = {"total_step": 20, "tinit": 2, "tfinal": 4}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from adalora_fast import AdaLoraCallback, fuse
-from tests.models import LLAMA_LINEARS, VOCABULARY
+from tests.helpers.models import LLAMA_LINEARS, VOCABULARY
 
 STEPS, LAYERS, TARGET_R = 8, 14, 2
 TOTAL = LAYERS * TARGET_R

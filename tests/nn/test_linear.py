@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adalora_fast import AdaLoraLinear
-from tests.tolerances import assert_accurate
+from tests.helpers.tolerances import assert_accurate
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from adalora_fast import AdaLoraLinear, RankAllocator, orthogonality_loss
 from adalora_fast.nn import adapted_layers
-from tests.tolerances import assert_accurate
+from tests.helpers.tolerances import assert_accurate
 
 
 def make_model(ranks=(4, 2, 0), dtype=torch.float64):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from adalora_fast.ops import adalora_delta_
-from tests.ops.naive import formula, make_case
-from tests.tolerances import assert_accurate
+from tests.helpers.naive import formula, make_case
+from tests.helpers.tolerances import assert_accurate
 
 
 def expected(case, result):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from adalora_fast.ops import adalora_linear
-from tests.ops.naive import draw_grad, formula, leaves, make_case, onto_linear, results, truth
-from tests.tolerances import assert_accurate
+from tests.helpers.naive import draw_grad, formula, leaves, make_case, onto_linear, results, truth
+from tests.helpers.tolerances import assert_accurate
 
 FUNCTIONS = [adalora_linear, onto_linear]
 

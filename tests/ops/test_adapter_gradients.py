@@ -7,8 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from adalora_fast.ops import adalora_delta_, adalora_linear
-from tests.ops.naive import NAMES, draw_grad, formula, leaves, make_case, onto_linear, results, truth
-from tests.tolerances import assert_accurate
+from tests.helpers.naive import NAMES, draw_grad, formula, leaves, make_case, onto_linear, results, truth
+from tests.helpers.tolerances import assert_accurate
 
 TRAINED = ("x", "lora_A", "lora_E", "lora_B")
 

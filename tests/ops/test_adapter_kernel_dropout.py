@@ -7,7 +7,7 @@ from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import dropout
 from adalora_fast.ops.adapter import triton as kernels
 from adalora_fast.ops.adapter.plans import Tile
-from tests.ops.kernel_cases import (
+from tests.helpers.kernel_cases import (
     DEVICE,
     MEDIUM,
     ON_DEVICE,
@@ -23,10 +23,10 @@ from tests.ops.kernel_cases import (
     run,
     triton_backend,
 )
-from tests.ops.kernels import poisoned
-from tests.ops.naive import draw_grad, formula, leaves, onto_linear, results, truth
-from tests.ops.properties import given, settings, st
-from tests.tolerances import RelativeRule
+from tests.helpers.kernels import poisoned
+from tests.helpers.naive import draw_grad, formula, leaves, onto_linear, results, truth
+from tests.helpers.properties import given, settings, st
+from tests.helpers.tolerances import RelativeRule
 
 pytestmark = ON_DEVICE
 FUNCTIONS = [adalora_linear, onto_linear]

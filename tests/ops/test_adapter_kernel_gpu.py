@@ -10,7 +10,7 @@ import torch
 
 from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import triton as kernels
-from tests.ops.kernel_cases import (
+from tests.helpers.kernel_cases import (
     DEVICE,
     FACTORS,
     HAS_GPU,
@@ -25,8 +25,8 @@ from tests.ops.kernel_cases import (
     run,
     triton_backend,
 )
-from tests.ops.naive import draw_grad, formula, leaves, results, truth
-from tests.tolerances import RelativeRule
+from tests.helpers.naive import draw_grad, formula, leaves, results, truth
+from tests.helpers.tolerances import RelativeRule
 
 pytestmark = NEEDS_GPU
 SHAPES = [(768, 768), (768, 3072), (3072, 768), (3072, 3072), (4096, 4096)]
@@ -182,7 +182,7 @@ def test_more_than_two_to_the_31_elements():
 
 SMALL_RUN = """
 import torch
-from tests.ops.kernel_cases import WAYS, exact_case, exact_grad, planned, run, triton_backend
+from tests.helpers.kernel_cases import WAYS, exact_case, exact_grad, planned, run, triton_backend
 from adalora_fast.ops import adalora_linear
 case = exact_case(33, 40, 17, 3)
 with triton_backend():

@@ -5,7 +5,7 @@ import torch
 
 from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import triton as kernels
-from tests.ops.kernel_cases import (
+from tests.helpers.kernel_cases import (
     DEVICE,
     FACTORS,
     MEDIUM,
@@ -21,8 +21,8 @@ from tests.ops.kernel_cases import (
     run,
     triton_backend,
 )
-from tests.ops.kernels import poisoned
-from tests.ops.naive import draw_grad, leaves, results, truth
+from tests.helpers.kernels import poisoned
+from tests.helpers.naive import draw_grad, leaves, results, truth
 
 pytestmark = ON_DEVICE
 

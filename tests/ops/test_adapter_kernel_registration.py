@@ -5,7 +5,7 @@ import torch
 
 from adalora_fast.ops import adalora_linear, adapter
 from adalora_fast.ops.adapter import triton as kernels
-from tests.ops.kernel_cases import (
+from tests.helpers.kernel_cases import (
     DEVICE,
     ON_DEVICE,
     WAYS,
@@ -20,7 +20,7 @@ from tests.ops.kernel_cases import (
     small_case,
     triton_backend,
 )
-from tests.ops.naive import leaves, onto_linear, truth
+from tests.helpers.naive import leaves, onto_linear, truth
 
 pytestmark = ON_DEVICE
 OPS = torch.ops.adalora_fast

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from adalora_fast.ops import adalora_delta_, adalora_linear, adapter
 from adalora_fast.ops.adapter import dropout
 from adalora_fast.ops.adapter import triton as kernels
-from tests.ops.kernel_cases import (
+from tests.helpers.kernel_cases import (
     BFLOAT16,
     DEVICE,
     DTYPES,
@@ -29,9 +29,9 @@ from tests.ops.kernel_cases import (
     small_case,
     triton_backend,
 )
-from tests.ops.kernels import counted
-from tests.ops.naive import draw_grad, formula, leaves, onto_linear, results, truth
-from tests.tolerances import RelativeRule
+from tests.helpers.kernels import counted
+from tests.helpers.naive import draw_grad, formula, leaves, onto_linear, results, truth
+from tests.helpers.tolerances import RelativeRule
 
 pytestmark = ON_DEVICE
 FUNCTIONS = [adalora_linear, onto_linear]

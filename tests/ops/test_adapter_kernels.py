@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from adalora_fast.ops import adalora_linear, launch
+from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter import triton as kernels
 from adalora_fast.ops.adapter.plans import OuterPlan, Tile
-from tests.ops.kernel_cases import (
+from adalora_fast.ops.dispatch import launch
+from tests.helpers.kernel_cases import (
     DEVICE,
     DTYPES,
     FACTORS,
@@ -30,10 +31,10 @@ from tests.ops.kernel_cases import (
     tile_for,
     triton_backend,
 )
-from tests.ops.kernels import counted, poisoned
-from tests.ops.naive import draw_grad, formula, leaves, onto_linear, results, truth
-from tests.ops.properties import given, settings, st
-from tests.tolerances import RelativeRule
+from tests.helpers.kernels import counted, poisoned
+from tests.helpers.naive import draw_grad, formula, leaves, onto_linear, results, truth
+from tests.helpers.properties import given, settings, st
+from tests.helpers.tolerances import RelativeRule
 
 pytestmark = ON_DEVICE
 

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalora_fast.ops import launch
 from adalora_fast.ops.adapter import costs, plans
 from adalora_fast.ops.adapter import triton as kernels
 from adalora_fast.ops.adapter.costs import MACHINES, WAYS, OuterPlan, Plan, Problem, Tile
-from tests.ops.kernel_cases import plan_of
+from adalora_fast.ops.dispatch import launch
+from tests.helpers.kernel_cases import plan_of
 
 META = torch.device("meta")
 SHAPES = [(768, 768), (768, 3072), (3072, 768), (3072, 3072), (4096, 4096)]

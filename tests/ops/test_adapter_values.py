@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adalora_fast.ops import adalora_linear
-from tests.ops.naive import draw_grad, formula, leaves, make_case, onto_linear, results, truth
-from tests.tolerances import RelativeRule, assert_accurate, relative_error
+from tests.helpers.naive import draw_grad, formula, leaves, make_case, onto_linear, results, truth
+from tests.helpers.tolerances import RelativeRule, assert_accurate, relative_error
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float64, torch.float32, *HALF)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from adalora_fast.ops import allocate_, apply_mask_, select_triplets
-from tests.ops.backends import each_backend
-from tests.ops.properties import given, settings, st
+from tests.helpers.backends import each_backend
+from tests.helpers.properties import given, settings, st
 
 backend_in_use = each_backend("allocation", "reference", "cpu")
 SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), 1e-45, -1e-45, 3.4e38]

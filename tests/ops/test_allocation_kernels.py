@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from adalora_fast.ops import tables
 from adalora_fast.ops.allocation import reference
-from tests.ops.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
-from tests.ops.properties import HealthCheck, assume, given, settings, st
+from adalora_fast.ops.dispatch import tables
+from tests.helpers.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
+from tests.helpers.properties import HealthCheck, assume, given, settings, st
 from tests.ops.test_allocation import SPECIAL, oracle
 
 pytestmark = [needs_triton, *ON_DEVICE]

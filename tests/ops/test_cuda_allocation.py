@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adalora_fast.ops import allocate_, apply_mask_, backend, native, select_triplets
+from adalora_fast.ops import allocate_, apply_mask_, select_triplets
 from adalora_fast.ops.allocation import reference
+from adalora_fast.ops.dispatch import backend, native
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from adalora_fast.ops import importance_scores, importance_update_
-from tests.ops.backends import each_backend
-from tests.ops.scoring import SCORES, SHAPES, SMOOTHINGS, make_buffers, make_parameters, triplet_scores
-from tests.tolerances import assert_accurate
+from tests.helpers.backends import each_backend
+from tests.helpers.scoring import (
+    SCORES,
+    SHAPES,
+    SMOOTHINGS,
+    make_buffers,
+    make_parameters,
+    triplet_scores,
+)
+from tests.helpers.tolerances import assert_accurate
 
 backend_in_use = each_backend("importance", "reference", "cpu")
 BETAS = (0.85, 0.7)

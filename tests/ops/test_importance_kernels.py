@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from adalora_fast.ops import tables
+from adalora_fast.ops.dispatch import tables
+from adalora_fast.ops.dispatch.launch import observed
 from adalora_fast.ops.importance import reference
-from adalora_fast.ops.launch import observed
-from tests.ops.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
-from tests.ops.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters, triplet_scores
-from tests.tolerances import assert_accurate
+from tests.helpers.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
+from tests.helpers.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters, triplet_scores
+from tests.helpers.tolerances import assert_accurate
 
 pytestmark = [needs_triton, *ON_DEVICE, pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]
 kernels = pytest.importorskip("adalora_fast.ops.importance.triton", reason="triton is not installed")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from adalora_fast.ops import importance_scores, importance_update_
-from tests.ops.backends import each_backend
-from tests.ops.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
+from tests.helpers.backends import each_backend
+from tests.helpers.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
 
 backend_in_use = each_backend("importance", "reference", "cpu")
 BAD = [float("inf"), float("-inf"), float("nan")]

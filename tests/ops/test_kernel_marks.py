@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[2]
 HELPERS = {"counted", "launched", "needs_triton", "planned", "triton_backend"}
 WITHOUT = {  # file, or test of a file → why it has no mark
     "tests/ops/test_kernel_marks.py": "names the helpers only",
-    "tests/ops/test_launch.py": "how a launch is handed on, with stand-ins for kernels",
+    "tests/ops/dispatch/test_launch.py": "how a launch is handed on, with stand-ins for kernels",
     "tests/ops/test_adapter_plans.py": "which launches a plan makes; none runs",
     "tests/ops/test_adapter_aot.py": "compiles for GPUs without one",
     "tests/ops/test_adapter_tuning.py": "the tuning's own logic, with a clock that is given",
-    "tests/test_capture.py": "what a captured step refuses",
-    "tests/test_allocator_kernels.py::test_a_graph_capture_is_refused_until_it_is_proven": "launches nothing",
-    "tests/test_allocator_kernels.py::test_importing_the_package_does_not_import_triton": "launches nothing",
+    "tests/allocator/test_capture.py": "what a captured step refuses",
+    "tests/allocator/test_kernels.py::test_a_graph_capture_is_refused_until_it_is_proven": "launches nothing",
+    "tests/allocator/test_kernels.py::test_importing_the_package_does_not_import_triton": "launches nothing",
 }
 
 
@@ -45,7 +45,7 @@ def test_every_kernel_test_runs_on_a_gpu():
         "-m",
         "pytest",
         "-p",
-        "tests.ops.pretended_gpu",
+        "tests.helpers.pretended_gpu",
         "-p",
         "no:cacheprovider",
         "-q",

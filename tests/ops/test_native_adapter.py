@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from adalora_fast.ops import backend, native
 from adalora_fast.ops.adapter import reference
-from tests.tolerances import RelativeRule
+from adalora_fast.ops.dispatch import backend, native
+from tests.helpers.tolerances import RelativeRule
 
 if reason := native.cpu_refusal("cpu"):
     pytest.skip(reason, allow_module_level=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adalora_fast.ops.allocation import native, reference
-from tests.ops.backends import each_backend
+from tests.helpers.backends import each_backend
 
 backend_in_use = each_backend("allocation", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

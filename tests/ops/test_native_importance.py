@@ -5,9 +5,9 @@ import torch
 
 from adalora_fast.ops import importance_scores, importance_update_
 from adalora_fast.ops.importance import native, reference
-from tests.ops.backends import each_backend
-from tests.ops.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
-from tests.tolerances import RelativeRule, assert_accurate
+from tests.helpers.backends import each_backend
+from tests.helpers.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
+from tests.helpers.tolerances import RelativeRule, assert_accurate
 
 backend_in_use = each_backend("importance", "cpu")
 HALVES = (torch.float16, torch.bfloat16)

@@ -5,8 +5,8 @@ import torch
 
 from adalora_fast.ops import orthogonality
 from adalora_fast.ops.orthogonality import gradients
-from tests.ops.properties import example, given, settings, st
-from tests.tolerances import RelativeRule, assert_accurate
+from tests.helpers.properties import example, given, settings, st
+from tests.helpers.tolerances import RelativeRule, assert_accurate
 
 PENALTIES = ("fro", "squared")
 SHAPES = ((5, 3, 7), (5, 3, 7), (40, 8, 31), (6, 0, 3), (9, 1, 1), (5, 2, 5), (3, 6, 2))  # (in, r, out)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from adalora_fast.ops import backend, orthogonality, tables
-from adalora_fast.ops.launch import is_interpreted
+from adalora_fast.ops import orthogonality
+from adalora_fast.ops.dispatch import backend, tables
+from adalora_fast.ops.dispatch.launch import is_interpreted
 from adalora_fast.ops.orthogonality import reference
-from tests.ops.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
+from tests.helpers.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
+from tests.helpers.tolerances import RelativeRule, assert_accurate
 from tests.ops.test_orthogonality import PENALTIES, make_factors, naive, with_gradients
-from tests.tolerances import RelativeRule, assert_accurate
 
 pytestmark = [needs_triton, *ON_DEVICE, pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")]
 kernels = pytest.importorskip("adalora_fast.ops.orthogonality.triton", reason="triton is not installed")

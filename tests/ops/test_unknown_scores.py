@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 import adalora_fast.__main__ as command
-from adalora_fast import AdaLoraLinear, RankAllocator, scores
-from adalora_fast.ops import backend, importance, importance_scores, importance_update_
+from adalora_fast import AdaLoraLinear, RankAllocator
+from adalora_fast.allocator import scores
+from adalora_fast.ops import importance, importance_scores, importance_update_
+from adalora_fast.ops.dispatch import backend
 from adalora_fast.ops.importance import not_computed, reference
-from tests.ops.backends import each_backend
-from tests.ops.scoring import make_buffers, make_parameters
-from tests.tolerances import assert_accurate
+from tests.helpers.backends import each_backend
+from tests.helpers.scoring import make_buffers, make_parameters
+from tests.helpers.tolerances import assert_accurate
 
 backend_in_use = each_backend("importance", "reference", "cpu", "triton")
 BETAS = (0.85, 0.7)

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_fast import fuse
 from adalora_fast.integrations.layers import adapter_layers
-from tests.integrations.helpers import adamw, logits, no_warning, one_line, steps
-from tests.integrations.training import STEPS, trainer
-from tests.models import ENCODER_LINEARS, VOCABULARY, adapt, adapted, awake, batch, bert, deberta
+from tests.helpers.models import ENCODER_LINEARS, VOCABULARY, adapt, adapted, awake, batch, bert, deberta
+from tests.helpers.peft_models import adamw, logits, no_warning, one_line, steps
+from tests.helpers.trainers import STEPS, trainer
 
 SHORT = {"total_step": 20, "tinit": 2, "tfinal": 4, "target_modules": ["query", "value"]}  # 4 layers
 INITIAL, TARGET = 16, 8  # triplets of them

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adalora_fast.integrations.layers import FusedSVDLinear, fuse_layer
-from tests.parity.runs import TOLERANCES
+from tests.helpers.parity_runs import TOLERANCES
 
 IN, OUT = 10, 14
 BASES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adalora_fast import fuse
-from tests.models import BASES, adapt
+from tests.helpers.models import BASES, adapt
 
 
 def step_with_constant_scores(model, steps: int, value: float = 0.5) -> None:

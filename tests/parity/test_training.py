@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adalora_fast.integrations.layers import adapter_layers
-from tests.models import adapted, batch
-from tests.parity.runs import BATCHES, STEPS, TOLERANCES, Run, distance, loss_distance, train
+from tests.helpers.models import adapted, batch
+from tests.helpers.parity_runs import BATCHES, STEPS, TOLERANCES, Run, distance, loss_distance, train
 
 FAMILIES = ("bert", "deberta", "llama")
 # tinit, tfinal, deltaT; 66 - 13 = 53 is no multiple of 3, so the last mask falls outside its rhythm

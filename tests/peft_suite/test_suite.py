@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from peft import AdaLoraConfig, LoraConfig
 
-from tests.integrations.helpers import one_line
+from tests.helpers.peft_models import one_line
 from tests.peft_suite import fetch as fetching
 from tests.peft_suite.compare import Outcomes, errors, summary
 from tests.peft_suite.fetch import fetch, unpack_tests

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .runs_table import find_runs, load_results, results_table
+from adalora_fast.experiments.run.runs_table import find_runs, load_results, results_table
 
 __all__ = ["find_runs", "load_results", "results_table", "write_report"]
 

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from .cells import Cell, averages, column_cells
+from .collect import Sweep
 from .published import Column, PublishedRow, PublishedTable, published_tables
-from .sweep import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from .collect import Run, Sweep
+from .estimates import mean_std
 from .published import COLUMNS, CONVENTIONS, glue_average
-from .statistics import mean_std
-from .sweep import Run, Sweep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from itertools import combinations
 
 import numpy as np
 
+from .collect import Sweep
+from .estimates import Estimate, estimate, exploratory, holm, verdict
 from .examples import joined, task_examples
-from .statistics import Estimate, estimate, exploratory, holm, verdict
-from .sweep import Sweep
 
 AVERAGE = "average"  # stands for a task where the average over all tasks is meant
 Values = dict[tuple[str, int], np.ndarray]  # what every example contributes, by arm and seed

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
+from .collect import Sweep
 from .contrasts import Contrasts
 from .sections_contrasts import against_nulls, pairwise, verdicts_that_changed, what_could_be_seen
 from .sections_masks import masks
 from .sections_ranks import rank_across_tasks, rank_agreement, rank_stability
 from .sections_results import beside_published, checkpoints, results
 from .sections_run import commands, costs, what_is_missing, what_was_run
-from .sweep import Sweep
 from .tables import escape_markdown
 
 MARK = "<!-- made by adalora-fast report; a later report replaces this file -->"

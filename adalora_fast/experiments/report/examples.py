@@ -4,7 +4,7 @@ For a metric that is a mean over examples this is the example's own score. Any o
 jackknife (M. Quenouille, 1956; J. Tukey, 1958): with θ the metric of all N examples and θ_(n) that without
 example n, example n stands for θ + (N - 1) (mean of θ_(n) - θ_(n)). The mean of these is θ itself, and their
 variance over examples is the variance that the examples' chance gives to θ, as the bootstrap finds it
-(`tests/experiments/test_report_examples.py`); for a mean they are the scores.
+(`tests/experiments/report/test_examples.py`); for a mean they are the scores.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .sweep import Run, Sweep
+from .collect import Run, Sweep
 
 QUESTION_METRICS = ("exact_match", "f1")
 BLOCK = 2**22  # counts that are in memory at once
@@ -66,7 +66,7 @@ def contributions(metric: str, labels: np.ndarray | None, predictions: np.ndarra
     """What each example [N] contributes to a metric of `metrics.bootstrap.statistic`, whose value is their
     mean. One example has the whole metric.
     """
-    from ..metrics.bootstrap import statistic
+    from adalora_fast.experiments.metrics.bootstrap import statistic
 
     if metric == "mean":
         return predictions.astype(np.float64)

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plan_contrasts import added_contrasts, default_contrasts
-from ..plots.agreement import agreement_figure
-from ..plots.contrasts import Bar, contrasts_figure
-from ..plots.curves import curves_figure
-from ..plots.masks import churn_figure
-from ..plots.ranks import rank_figure
-from ..plots.style import arm_styles, save, styled
+from adalora_fast.experiments.sweep.plan_contrasts import added_contrasts, default_contrasts
+
+from .collect import NULLS, Sweep
 from .contrasts import AVERAGE, Contrast, Contrasts
 from .logs import ArmCurves, Curve, arm_curves
 from .masks import churn_curve
+from .plots.agreement import agreement_figure
+from .plots.contrasts import Bar, contrasts_figure
+from .plots.curves import curves_figure
+from .plots.masks import churn_figure
+from .plots.ranks import rank_figure
+from .plots.style import arm_styles, save, styled
 from .rank_maps import adapted_matrices, agreement, rank_maps, varies
-from .sweep import NULLS, Sweep
 from .tables import task_heading, task_name
 
 Figures = dict[str, Sequence[tuple[str, str]]]

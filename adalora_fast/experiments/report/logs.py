@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sweep import Run, read_lines
+from .collect import Run, read_lines
 
 QUANTILES = ("p10", "p50", "p90", "lowest_kept")
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .collect import Run, Sweep, read_lines
 from .logs import Curve, join
-from .sweep import Run, Sweep, read_lines
 
 KINDS = ("lora_E", "lora_A", "lora_B")  # λ, Q, P
 

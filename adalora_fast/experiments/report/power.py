@@ -17,7 +17,7 @@ from functools import cache
 
 import numpy as np
 
-from .statistics import DIFFERS, Spread
+from .estimates import DIFFERS, Spread
 
 POWER = 0.8
 DIFFERENCES = (0.3, 0.5, 1.0)  # points that reports plan for

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .sweep import Run, Sweep
+from .collect import Run, Sweep
 
 
 @dataclass(frozen=True, kw_only=True)

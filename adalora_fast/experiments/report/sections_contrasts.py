@@ -3,10 +3,10 @@
 from collections import Counter
 from typing import Any
 
+from .collect import NULLS, Sweep
 from .contrasts import AVERAGE, Contrast, Contrasts
+from .estimates import DIFFERS, holm
 from .power import DIFFERENCES, POWER, Variances, seeds_needed, smallest_difference
-from .statistics import DIFFERS, holm
-from .sweep import NULLS, Sweep
 from .tables import markdown, task_name
 
 CLUSTERED = ("mnli", "qnli", "squad", "squad_v2")  # several examples about one premise or passage

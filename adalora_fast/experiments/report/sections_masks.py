@@ -1,7 +1,7 @@
 """The report's tables of masks: how much they change, and how much of a score is λ's own."""
 
+from .collect import Sweep
 from .masks import KINDS, MaskFacts, facts_by_arm
-from .sweep import Sweep
 from .tables import markdown, task_name
 
 HEAD = (

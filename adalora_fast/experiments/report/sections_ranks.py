@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from .collect import Sweep
 from .rank_maps import across_tasks, agreement, rank_maps, stability, varies
-from .sweep import Sweep
 from .tables import markdown, task_name
 
 

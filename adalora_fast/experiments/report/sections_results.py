@@ -3,17 +3,10 @@
 from itertools import groupby
 
 from .beside import Beside, tables_beside
-from .cells import (
-    Cell,
-    averages,
-    checkpoint_cell,
-    metric_cell,
-    metric_names,
-    primary_cell,
-)
+from .cells import Cell, averages, checkpoint_cell, metric_cell, metric_names, primary_cell
+from .collect import Run, Sweep
 from .contrasts import AVERAGE, Contrasts
 from .published import CONVENTIONS
-from .sweep import Run, Sweep
 from .tables import (
     average_heading,
     markdown,

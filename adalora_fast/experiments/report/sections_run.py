@@ -5,12 +5,12 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from adalora_fast.experiments.settings.recipes import GRID, recipe_of
+from adalora_fast.experiments.sweep.learning_rates import Tuning
 from adalora_fast.integrations.model_card import shown_base
 
-from ..recipes import GRID, recipe_of
-from ..tuning import Tuning
+from .collect import Plan, Run, Sweep, commands_of, distinct, output_of
 from .sections_settings import scores, settings
-from .sweep import Plan, Run, Sweep, commands_of, distinct, output_of
 from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
-from ..recipes import Recipe, recipe_of
-from ..runs import LOW_RANK, NULLS, OTHER_METHODS
-from ..tasks import TASKS
-from .sweep import Sweep, distinct
+from adalora_fast.experiments.data.tasks import TASKS
+from adalora_fast.experiments.run.folder import LOW_RANK, NULLS, OTHER_METHODS
+from adalora_fast.experiments.settings.recipes import Recipe, recipe_of
+
+from .collect import Sweep, distinct
 from .tables import markdown, task_name
 
 ALLOCATING = ("adalora", "peft")
@@ -92,6 +93,6 @@ def _values(recipes: list[tuple[str, dict[str, Any]]], task: str, name: str) -> 
 
 def _own_smoothing(score: str) -> str:
     """The score's default; a registered score may be unknown here."""
-    from adalora_fast.scores import get_score, score_names  # loads torch
+    from adalora_fast.allocator.scores import get_score, score_names  # loads torch
 
     return f"{get_score(score).smoothing} (its own)" if score in score_names() else "its own"

@@ -9,11 +9,11 @@ from adalora_fast.integrations.model_card import shown_base
 
 from .beside import Beside, models_of, tables_beside
 from .cells import Cell, averages, checkpoint_cell, metric_names, primary_cell
+from .collect import Sweep
 from .contrasts import AVERAGE, Contrasts, best_of
+from .estimates import Estimate
 from .power import Variances, smallest_difference
 from .published import GLUE_TASKS, PublishedRow
-from .statistics import Estimate
-from .sweep import Sweep
 
 NAMES = {
     "mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "qnli": "QNLI", "qqp": "QQP",

@@ -5,10 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .collect import read_sweep
 from .contrasts import compare_all
 from .document import MARK, document
 from .figures import draw_figures
-from .sweep import read_sweep
 from .tables import as_csv, contrast_rows, latex, published_rows, result_rows, table_rows
 
 NOT_ALWAYS = ("ranks-*.png", "ranks-*.svg", "curves-*.png", "curves-*.svg", "agreement.png",

@@ -10,11 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adalora_fast.ops import backend, launch
-from adalora_fast.ops.adapter import native, plain, reference
-from adalora_fast.ops.adapter.checks import PRECISIONS, check, check_base, check_result
-from adalora_fast.ops.adapter.dropout import draw_seed
-from adalora_fast.ops.library import (
+from adalora_fast.ops.dispatch import backend, launch
+from adalora_fast.ops.dispatch.library import (
     autocast_is_on,
     define,
     define_gradient,
@@ -22,8 +19,12 @@ from adalora_fast.ops.library import (
     refuse_second_order,
     without_autocast,
 )
-from adalora_fast.ops.native import cpu_refusal
-from adalora_fast.ops.transforms import is_transformed
+from adalora_fast.ops.dispatch.native import cpu_refusal
+from adalora_fast.ops.dispatch.transforms import is_transformed
+
+from . import native, plain, reference
+from .checks import PRECISIONS, check, check_base, check_result
+from .dropout import draw_seed
 
 __all__ = ["PRECISIONS", "adalora_delta_", "adalora_linear"]
 

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.adapter import reference
-from adalora_fast.ops.adapter.reference import DROPS_INSIDE, delta, delta_, limit, linear, saved_shapes
+from . import reference
+from .reference import DROPS_INSIDE, delta, delta_, limit, linear, saved_shapes
 
 __all__ = ["DROPS_INSIDE", "backward", "delta", "delta_", "limit", "linear", "saved_shapes"]
 

@@ -7,7 +7,7 @@ the operators' own. It keeps more for the backward and takes more launches than 
 import torch.nn.functional as F
 from torch import Tensor
 
-from adalora_fast.ops.library import without_autocast
+from adalora_fast.ops.dispatch.library import without_autocast
 
 
 def delta(

@@ -12,17 +12,8 @@ from functools import lru_cache
 
 import torch
 
-from adalora_fast.ops.adapter import tuned
-from adalora_fast.ops.adapter.costs import (
-    MACHINES,
-    Machine,
-    OuterPlan,
-    Plan,
-    Problem,
-    Tile,
-    estimate,
-    ways,
-)
+from . import tuned
+from .costs import MACHINES, Machine, OuterPlan, Plan, Problem, Tile, estimate, ways
 
 # Of a matmul: rows x columns of the output, depth of the loop; of ``project``: rows x columns of the
 # source; of ``update``: rows x columns of the output; of ``outer``: rows of the loop x columns of the

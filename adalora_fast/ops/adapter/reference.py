@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.adapter.dropout import survivors, survivors_scale
+from .dropout import survivors, survivors_scale
 
 Finish = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.adapter import kernels, plans
-from adalora_fast.ops.adapter.dropout import survivors_scale, threshold_of
-from adalora_fast.ops.adapter.plans import Plan, Problem
-from adalora_fast.ops.adapter.reference import base_product, output
-from adalora_fast.ops.launch import launch
+from adalora_fast.ops.dispatch.launch import launch
+
+from . import kernels, plans
+from .dropout import survivors_scale, threshold_of
+from .plans import Plan, Problem
+from .reference import base_product, output
 
 DROPS_INSIDE = True
 MAX_RANK = 128

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from adalora_fast.ops.adapter.costs import WAYS, OuterPlan, Plan, Problem, Tile
+from .costs import WAYS, OuterPlan, Plan, Problem, Tile
 
 VARIABLE = "ADALORA_FAST_TUNED"
 SHIPPED = Path(__file__).with_name("tuned")

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from adalora_fast.ops import launch
-from adalora_fast.ops.adapter import plans, tuned
-from adalora_fast.ops.adapter import triton as launchers
-from adalora_fast.ops.adapter.costs import Machine, OuterPlan, Plan, Problem, ways
-from adalora_fast.ops.timing import input_sets, median_seconds
+from adalora_fast.ops.dispatch import launch
+from adalora_fast.ops.dispatch.timing import input_sets, median_seconds
+
+from . import plans, tuned
+from . import triton as launchers
+from .costs import Machine, OuterPlan, Plan, Problem, ways
 
 Timer = Callable[[list[Callable[[], object]]], float]
 PARTS = (1, 2, 4, 8, 16)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend, launch
-from adalora_fast.ops.allocation import native, reference
-from adalora_fast.ops.library import NO_CUDA_GRAPH, define
-from adalora_fast.ops.native import cpu_refusal, cuda_refusal
+from adalora_fast.ops.dispatch import backend, launch
+from adalora_fast.ops.dispatch.library import NO_CUDA_GRAPH, define
+from adalora_fast.ops.dispatch.native import cpu_refusal, cuda_refusal
+
+from . import native, reference
 
 backend.register("allocation", "reference", reference)
 backend.register("allocation", "cpu", native, cpu_refusal)

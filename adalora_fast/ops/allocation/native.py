@@ -7,7 +7,7 @@ is the reference's rule for ties and for scores that are not numbers. On a GPU n
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.allocation import reference
+from . import reference
 
 
 def _as_kernels_take_it(scores: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:

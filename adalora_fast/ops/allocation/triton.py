@@ -7,9 +7,10 @@ threshold; more of them, and float64 scores, are sorted by ``reference.py``, whi
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import tables
-from adalora_fast.ops.allocation import kernels, reference
-from adalora_fast.ops.launch import launch
+from adalora_fast.ops.dispatch import tables
+from adalora_fast.ops.dispatch.launch import launch
+
+from . import kernels, reference
 
 RESIDENT = 16384  # keys that one program holds in its registers
 LARGEST = 65536

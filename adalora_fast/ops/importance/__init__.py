@@ -8,11 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend, launch
-from adalora_fast.ops.importance import native, reference
-from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
-from adalora_fast.ops.library import NO_CUDA_GRAPH, define
-from adalora_fast.ops.native import cpu_refusal
+from adalora_fast.ops.dispatch import backend, launch
+from adalora_fast.ops.dispatch.library import NO_CUDA_GRAPH, define
+from adalora_fast.ops.dispatch.native import cpu_refusal
+
+from . import native, reference
+from .reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
 
 __all__ = [
     "SIGNALS",

@@ -19,7 +19,7 @@ to TRIPLETS triplets of one matrix.
 import triton
 import triton.language as tl
 
-from adalora_fast.ops.entries import load_entries
+from adalora_fast.ops.dispatch.entries import load_entries
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.importance.reference import layout_of, unknown
+from .reference import layout_of, unknown
 
 # What csrc/cpu/importance.h computes, as it numbers them. The reference may have more.
 SCORE_NUMBERS = {"sensitivity": 0, "movement": 1, "fisher": 2, "gsnr": 3, "magnitude": 4}

@@ -11,10 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import tables
-from adalora_fast.ops.importance import kernels, reference
-from adalora_fast.ops.importance.reference import Layout, layout_of, unknown
-from adalora_fast.ops.launch import launch
+from adalora_fast.ops.dispatch import tables
+from adalora_fast.ops.dispatch.launch import launch
+
+from . import kernels, reference
+from .reference import Layout, layout_of, unknown
 
 # What kernels.py computes; a name that it does not know ends its compilation.
 SCORES = ("sensitivity", "movement", "fisher", "gsnr", "magnitude")

@@ -3,13 +3,20 @@
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import backend, launch
-from adalora_fast.ops.library import NO_CUDA_GRAPH, define, define_gradient, no_second_order, without_autocast
-from adalora_fast.ops.orthogonality import reference
-from adalora_fast.ops.orthogonality.acts import enlist as enlist
-from adalora_fast.ops.orthogonality.acts import noted as noted
-from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
-from adalora_fast.ops.transforms import is_transformed
+from adalora_fast.ops.dispatch import backend, launch
+from adalora_fast.ops.dispatch.library import (
+    NO_CUDA_GRAPH,
+    define,
+    define_gradient,
+    no_second_order,
+    without_autocast,
+)
+from adalora_fast.ops.dispatch.transforms import is_transformed
+
+from . import reference
+from .acts import enlist as enlist
+from .acts import noted as noted
+from .reference import groups_by_shape, shapes_of
 
 PENALTIES = ("fro", "squared")
 

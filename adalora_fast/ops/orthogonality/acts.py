@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.library import NO_CUDA_GRAPH, define
-from adalora_fast.ops.transforms import is_transformed
+from adalora_fast.ops.dispatch.library import NO_CUDA_GRAPH, define
+from adalora_fast.ops.dispatch.transforms import is_transformed
 
 
 class Listener(Protocol):

@@ -21,7 +21,7 @@ the type codes (factor + 4 * gradient).
 import triton
 import triton.language as tl
 
-from adalora_fast.ops.entries import load_entries, store_entries
+from adalora_fast.ops.dispatch.entries import load_entries, store_entries
 
 
 @triton.jit

@@ -10,10 +10,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from adalora_fast.ops import tables
-from adalora_fast.ops.launch import launch
-from adalora_fast.ops.orthogonality import kernels, reference
-from adalora_fast.ops.orthogonality.reference import groups_by_shape, shapes_of
+from adalora_fast.ops.dispatch import tables
+from adalora_fast.ops.dispatch.launch import launch
+
+from . import kernels, reference
+from .reference import groups_by_shape, shapes_of
 
 LARGEST_RANK = 128
 CHUNK = {16: 512, 32: 512, 64: 1024, 128: 2048}  # columns of a program: few partials where they are large

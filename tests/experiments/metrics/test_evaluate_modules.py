@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from adalora_fast.experiments import metrics
+from adalora_fast.experiments.data.tasks import TASKS
 from adalora_fast.experiments.metrics import bootstrap, glue_core, squad_core
-from adalora_fast.experiments.tasks import TASKS
 
 MODULE = "adalora_fast.experiments.metrics.evaluate_modules"
 evaluate = pytest.importorskip("evaluate", reason="Hugging Face's evaluate is not installed")

@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from adalora_fast.experiments import metrics
-from adalora_fast.experiments.tasks import TASKS
+from adalora_fast.experiments.data.tasks import TASKS
 
 # Two true and one false positive, one true and one false negative.
 LABELS, PREDICTIONS = [1, 1, 0, 0, 1], [1, 0, 1, 0, 1]

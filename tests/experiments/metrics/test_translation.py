@@ -6,7 +6,7 @@ import pytest
 from adalora_fast.experiments.metrics import bootstrap, translation
 from adalora_fast.experiments.metrics.bootstrap import draw_counts, interval, resampled, statistic
 from adalora_fast.experiments.metrics.translation import chrf, chrf_of_sums, chrf_statistics
-from tests.experiments.mbart import needs_pairs, pairs, real_pairs
+from tests.helpers.mbart import needs_pairs, pairs, real_pairs
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (the experiments extra)")
 

@@ -1,0 +1,1 @@
+"""What is trained in a frozen model: adapters, virtual tokens, bottlenecks, their fusion, the nulls."""

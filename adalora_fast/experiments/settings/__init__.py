@@ -1,0 +1,1 @@
+"""What a run is asked to do: recipes, arms, settings and their checks."""

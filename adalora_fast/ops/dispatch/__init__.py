@@ -1,0 +1,1 @@
+"""How an op finds the implementation that runs: backends, launches, the compiled library, tables."""
