@@ -6,17 +6,17 @@ so that `--help` answers at once. `adalora-fast` starts in `entry.py`, which loo
 that this file and the command need are installed.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from adalora_fast.entry import carry_out
+from adalora_fast.exits import carry_out
 from adalora_fast.experiments.cli import Evaluate
 from adalora_fast.experiments.cli import data_dir_of as _data_dir
 from adalora_fast.export_command import Export
-from benchmarks.report.cli import Bench
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,7 +148,8 @@ class Sweep:
 
     def run(self, console: "Console") -> int:
         from adalora_fast.experiments.settings.recipes import parse_overrides
-        from adalora_fast.experiments.sweep.sweep import make_plan, run_sweep
+        from adalora_fast.experiments.sweep.plan import make_plan
+        from adalora_fast.experiments.sweep.sweep import run_sweep
 
         plan = make_plan(
             recipe=self.recipe,
@@ -284,6 +285,30 @@ class Soup:
         console.print(f"results  {self.output}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _bench() -> type:
+    """The command `bench`, whose code lies in the repository beside what it reads."""
+    root = Path(__file__).parents[1]
+    if (root / "benchmarks" / "report" / "cli.py").is_file():
+        sys.path.append(str(root))
+        from benchmarks.report.cli import Bench
+
+        return Bench
+    return NoBench
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBench:
+    """What is made of benchmark results: for a clone of the repository, which has benchmarks/."""
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+
+    def run(self, console: "Console") -> None:
+        raise ValueError(
+            "bench reads benchmarks/, which an installed package has not; clone the repository, then "
+            "pip install -e ."
+        )
+
+
 COMMANDS = {
     "demo": Demo,
     "train": Train,
@@ -293,7 +318,7 @@ COMMANDS = {
     "analyze": Analyze,
     "soup": Soup,
     "export": tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Export),
-    "bench": Bench,
+    "bench": _bench(),
 }
 
 

@@ -110,7 +110,8 @@ def test_the_wheel_runs_on_its_kernels(wheel, tmp_path):
         archive.extractall(tmp_path)
     code = (
         "import torch, adalora_fast\n"
-        "from adalora_fast.ops import backend, native, select_triplets\n"
+        "from adalora_fast.ops import select_triplets\n"
+        "from adalora_fast.ops.dispatch import backend, native\n"
         "print(adalora_fast.__file__)\n"
         "print(native.refusal('_C'), backend.choose('importance', 'cpu').backend)\n"
         "print(select_triplets(torch.tensor([1.0, 3.0]), torch.tensor(1)).tolist())\n"

@@ -16,10 +16,10 @@ from adalora_fast.nn import Factors, adapted_layers, nothing_adapted
 from adalora_fast.nn.calls import call_every_layer
 
 from .attachment import Attachment
-from .copies import add_to_optimizers_, follow, mask_optimizers_
+from .copies import add_to_optimizers_, mask_optimizers_
 from .gradients import Gradients, versions
 from .guard import UntrainedLayers
-from .layers import AllocatedLayers
+from .layers import AllocatedLayers, Snapshot
 from .regulariser import Regulariser
 from .schedule import BudgetSchedule, Position
 from .scores import Score, get_score, resolve_smoothing
@@ -73,10 +73,10 @@ class RankAllocator(AllocatedLayers):
         NotImplementedError: ``capturable=True`` while no GPU has shown it to be right.
     """
 
+    _when_capturable: "type[RankAllocator]"  # `capture` puts its class here
+
     def __new__(cls, *args, capturable: bool = False, **options) -> "RankAllocator":
-        if capturable and cls is RankAllocator:
-            from .capture import CapturableRankAllocator as cls
-        return super().__new__(cls)
+        return super().__new__(cls._when_capturable if capturable and cls is RankAllocator else cls)
 
     def __init__(
         self,
@@ -290,7 +290,16 @@ class RankAllocator(AllocatedLayers):
             apply_mask_(self._mask, self.lambdas())
             self._mask_optimizers(self._mask)
         else:
-            follow(copy, self)
+            found = (module.__dict__.get("rankallocator") for module in copy.modules())
+            follower = next((f for f in found if f is not None and f.layer_names == self.layer_names), None)
+            if follower is None or follower is self:
+                raise ValueError(
+                    f"{type(copy).__name__} has no allocator of its own for the same layers; give a deep "
+                    "copy of the model"
+                )
+            follower.load_state_dict(self.state_dict())
+            if follower.is_final:
+                follower.apply_mask()
 
     def _mask_optimizers(self, mask: Tensor) -> None:
         if self._attachment is not None:
@@ -381,8 +390,12 @@ class RankAllocator(AllocatedLayers):
             )
         return weights
 
-    def note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
-        """Called by the orthogonality loss in its backward, where ``score_gradient`` is ``"task"``."""
+    @property
+    def orthogonality_note(self) -> Callable[[Tensor, list[Tensor]], None] | None:
+        """What the orthogonality loss calls in its backward; None unless ``score_gradient`` is ``"task"``."""
+        return self._note_orthogonality if self.score_gradient == "task" else None
+
+    def _note_orthogonality(self, upstream: Tensor, stacks: list[Tensor]) -> None:
         self._task_gradient.note(upstream, stacks, self.parameters())
 
     def note_added(self, added: dict[int, Tensor], is_scaled: bool) -> None:
@@ -430,21 +443,27 @@ class RankAllocator(AllocatedLayers):
             self._attachment.detach()
             self._attachment = None
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether it follows an optimizer."""
+        return self._attachment is not None
+
     def _check_order(self) -> None:
         if self._attachment is not None:
             self._attachment.check_order()
 
-    def rebind(self, *, finished: bool = False) -> None:
+    def rebind(self, *, finished: bool = False, at: Position | None = None) -> None:
         """Start anew with the layers as they are, after their ranks changed; an attached optimizer stays.
 
         Args:
             finished: the layers were cut down to their final ranks; nothing is left to prune.
+            at: where the run is; None is its start, or its end if it is finished.
         """
         self._initial = self.total_rank()
         self._target = self._initial if finished else self._wanted
         self.set_total_step(self.schedule.total_step)  # as before, for the new budgets
         self.reset()
-        self._go_to(Position(is_final=finished, is_over=finished))
+        self._go_to(at or Position(is_final=finished, is_over=finished))
         if self._attachment is not None:
             self._attachment.follow_parameters()
 
@@ -462,22 +481,25 @@ class RankAllocator(AllocatedLayers):
         """
         load_state(self, state)
 
-    def _restore(
-        self,
-        position: Position,
-        mask: Tensor,
-        values: Tensor,
-        updates: Tensor,
-        user_state: dict[str, Tensor],
-        remembered: Tensor,
-    ) -> None:
-        """Go on from there; everything fits."""
-        self._mask, self._mask_before, self.mask_number = mask, None, 0
-        self._remembered = remembered
+    def snapshot(self) -> Snapshot:
+        """What was learnt and decided so far, in memory: the tensors themselves."""
+        return Snapshot(
+            position=self._here(),
+            mask=self._mask,
+            values=self._statistics.values,
+            updates=self._statistics.updates,
+            user_state=self._statistics.user_state,
+            remembered=self._remembered,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there; all of it fits."""
+        self._mask, self._mask_before, self.mask_number = snapshot.mask, None, 0
+        self._remembered = snapshot.remembered
         self._is_copy = False
         self._gradients.forget()
-        self._statistics.restore(values, updates, user_state)
-        self._go_to(position)
+        self._statistics.restore(snapshot.values, snapshot.updates, snapshot.user_state)
+        self._go_to(snapshot.position)
 
 
 def check_weights(weights: str) -> None:

@@ -21,11 +21,11 @@ from adalora_fast.ops import apply_mask_, select_triplets
 from adalora_fast.ops.dispatch.tables import is_capturing
 
 from .allocator import RankAllocator
+from .layers import Snapshot
 from .schedule import BudgetSchedule, Position
 
-PROOFS = (
-    Path(__file__).parents[1] / "proofs"
-)  # a file for every GPU, written by `python -m benchmarks.capture`
+# A file for every GPU, written by `python -m benchmarks.capture`.
+PROOFS = Path(__file__).parents[1] / "proofs"
 
 
 def require_proof() -> None:
@@ -207,13 +207,17 @@ class CapturableRankAllocator(RankAllocator):
         self._mask.copy_(mask)
         self._scores.copy_(scores)
 
-    def _restore(self, position, mask, values, updates, user_state, remembered) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there; no tensor changes its place."""
         for held, given in (
-            (self._mask, mask),
-            (self._mask_before, mask),
-            (self._remembered, remembered),
-            (self._statistics.values, values),
-            (self._statistics.updates, updates),
+            (self._mask, snapshot.mask),
+            (self._mask_before, snapshot.mask),
+            (self._remembered, snapshot.remembered),
+            (self._statistics.values, snapshot.values),
+            (self._statistics.updates, snapshot.updates),
         ):
             held.copy_(given)
-        self._go_to(position)
+        self._go_to(snapshot.position)
+
+
+RankAllocator._when_capturable = CapturableRankAllocator

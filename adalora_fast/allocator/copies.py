@@ -8,15 +8,11 @@ optimizers give them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adalora_fast.distributed.processes import add_, apply_mask_
-
-if TYPE_CHECKING:
-    from .allocator import RankAllocator
 
 MOMENTS = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),  # Adam, AdamW, Adamax, SGD
@@ -67,17 +63,3 @@ def _is_like(tensor: object, values: Tensor) -> bool:
         and tensor.shape == values.shape
         and tensor.is_floating_point()
     )
-
-
-def follow(copy: nn.Module, allocator: "RankAllocator") -> None:
-    """See :meth:`RankAllocator.apply_mask`, which calls it for a copy of the model."""
-    found = (module.__dict__.get("rankallocator") for module in copy.modules())
-    follower = next((f for f in found if f is not None and f.layer_names == allocator.layer_names), None)
-    if follower is None or follower is allocator:
-        raise ValueError(
-            f"{type(copy).__name__} has no allocator of its own for the same layers; give a deep copy of the "
-            "model"
-        )
-    follower.load_state_dict(allocator.state_dict())
-    if follower.is_final:
-        follower.apply_mask()

@@ -1,31 +1,91 @@
 """The adapted layers of an allocator: their factors in the order of ties, and which triplets are kept."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adalora_fast.distributed.processes import Processes
 from adalora_fast.nn import Factors
 
+from .schedule import BudgetSchedule, Position
 from .scores import Score
 from .stability import MaskChange
+from .statistics import Statistics
 
 
-class AllocatedLayers:
-    """What an allocator has and tells of its layers.
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What an allocator has learnt and decided so far."""
+
+    position: Position
+    mask: Tensor  # bool [T]
+    values: Tensor  # the statistics [statistics, entries]
+    updates: Tensor  # int64, how many each parameter has had
+    user_state: dict[str, Tensor]  # of a registered score
+    remembered: Tensor  # λ [T] of the pruned; empty unless `remember`
+
+
+class AllocatedLayers(ABC):
+    """What an allocator has and tells of its layers, and what its parts (:mod:`.state`, :mod:`.regulariser`)
+    know of it.
 
     Attributes:
-        score: what the triplets are judged by.
+        score, smoothing, score_gradient, weights, triplet, hysteresis, remember: as it was made
+            (:class:`adalora_fast.RankAllocator`).
+        schedule: the budget over the run.
+        processes: who else trains, and agrees.
+        regulariser: its orthogonality term; None if nobody has set its weight.
     """
 
     score: Score
+    smoothing: str
+    score_gradient: str
+    weights: str
+    triplet: str
+    hysteresis: float
+    remember: bool
+    schedule: BudgetSchedule
+    processes: Processes
+    regulariser: Any  # :class:`.regulariser.Regulariser`, which knows this class
+    _statistics: Statistics
+    _wanted: int  # the target budget that was asked for
     _layers: dict[str, Callable[[], Factors | None]]
     _mask: Tensor  # bool [T]
     _mask_before: Tensor | None  # the one before
     _scores: Tensor | None  # [T], those that the mask was made of
     _terms: dict[str, Tensor] | None  # by kind [T]
     _said_nan: bool
+
+    @abstractmethod
+    def snapshot(self) -> Snapshot:
+        """What was learnt and decided so far, in memory: the tensors themselves."""
+
+    @abstractmethod
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from there; all of it fits."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`adalora_fast.RankAllocator`."""
+
+    @property
+    @abstractmethod
+    def budget(self) -> int:
+        """b(t) of the last step that was taken (b(0) before the first)."""
+
+    @property
+    @abstractmethod
+    def orthogonality_note(self) -> Callable[[Tensor, list[Tensor]], None] | None:
+        """What the orthogonality loss calls in its backward; None if nobody asks."""
+
+    @abstractmethod
+    def note_added(self, added: dict[int, Tensor], is_scaled: bool) -> None:
+        """Called where the orthogonality term is added to the gradients."""
 
     def total_rank(self) -> int:
         """The triplets that exist, pruned ones included."""

@@ -18,7 +18,6 @@ no gradient at all    nothing: the adapters took no part in this step
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,9 +28,7 @@ from adalora_fast.ops.dispatch.tables import is_capturing
 from adalora_fast.ops.orthogonality import enlist, noted
 
 from .attachment import closure_of
-
-if TYPE_CHECKING:
-    from .allocator import RankAllocator
+from .layers import AllocatedLayers
 
 MISSING_FOR = 10  # optimizer steps without R before a warning
 
@@ -51,7 +48,7 @@ class Regulariser:
         value: R of the last forward or step, a scalar; None before the first.
     """
 
-    def __init__(self, allocator: "RankAllocator", penalty: str, weight: Callable[[], float]) -> None:
+    def __init__(self, allocator: AllocatedLayers, penalty: str, weight: Callable[[], float]) -> None:
         self.allocator, self.penalty, self.weight = allocator, penalty, weight
         self.once = False
         self.scaler: torch.amp.GradScaler | None = None
@@ -98,7 +95,7 @@ class Regulariser:
         """R, differentiable; :meth:`term` is what a loss gets."""
         if is_running():
             self._gathered = [shards_of([factor]) is not None for factor in self._sides()]
-        return orthogonality_of(self.allocator.factors(), self.penalty, self.allocator)
+        return orthogonality_of(self.allocator.factors(), self.penalty, self.allocator.orthogonality_note)
 
     def _sides(self) -> list[Tensor]:
         """A_0, B_0, A_1, ..."""

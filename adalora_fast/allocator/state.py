@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,8 @@ from adalora_fast.distributed.shards import shards_of
 from adalora_fast.ops.importance import layout_of
 from adalora_fast.ops.importance.reference import KINDS
 
+from .layers import AllocatedLayers, Snapshot
 from .schedule import Position
-
-if TYPE_CHECKING:
-    from .allocator import RankAllocator
 
 FILE_NAME = "adalora_allocator.safetensors"
 FORMAT = 2
@@ -26,30 +24,30 @@ OLDER = {1: {"weights": "after", "triplet": "full", "hysteresis": 0.0, "remember
 AllocatorState = dict[str, Any]  # {"config": plain values, "tensors": {name: tensor}}
 
 
-def save_state(allocator: "RankAllocator") -> AllocatorState:
+def save_state(allocator: AllocatedLayers) -> AllocatorState:
     """See :meth:`RankAllocator.state_dict`. Statistics are stored per parameter, so that the file explains
     itself.
     """
-    here, statistics = allocator._here(), allocator._statistics
+    now, statistics = allocator.snapshot(), allocator._statistics
     config = facts_of(allocator)
     config["layers"] = {name: len(kept) for name, kept in allocator.rank_pattern().items()}
     tensors = {
-        "mask": allocator._mask.to("cpu", copy=True),
-        "updates": statistics.updates.to("cpu", copy=True),
+        "mask": now.mask.to("cpu", copy=True),
+        "updates": now.updates.to("cpu", copy=True),
     }
-    if not here.is_final:
+    if not now.position.is_final:
         for name, view in _statistic_views(allocator, statistics.whole()):
             tensors[name] = view.to("cpu", copy=True)
         if allocator.remember:
-            tensors["remembered"] = allocator._remembered.to("cpu", copy=True)
-    for name, tensor in statistics.user_state.items():
+            tensors["remembered"] = now.remembered.to("cpu", copy=True)
+    for name, tensor in now.user_state.items():
         tensors[f"user/{name}"] = tensor.to("cpu", copy=True)
     return {"config": config, "tensors": tensors}
 
 
-def facts_of(allocator: "RankAllocator") -> dict[str, Any]:
+def facts_of(allocator: AllocatedLayers) -> dict[str, Any]:
     """Position, budget, score and schedule as plain values."""
-    here = allocator._here()
+    here = allocator.snapshot().position
     return {
         "format": FORMAT,
         "t": here.t,
@@ -73,9 +71,9 @@ def facts_of(allocator: "RankAllocator") -> dict[str, Any]:
     }
 
 
-def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
+def _statistic_views(allocator: AllocatedLayers, buffer: torch.Tensor):
     """(name, view into ``buffer``) of every statistic of every parameter."""
-    layers = list(allocator._layers)
+    layers = allocator.layer_names
     layout = layout_of(allocator._statistics.judged(allocator.parameters()), allocator.score.name)
     for row, statistic in enumerate(allocator._statistics.names):
         for group in layout.groups:
@@ -84,7 +82,7 @@ def _statistic_views(allocator: "RankAllocator", buffer: torch.Tensor):
                 yield f"{statistic}/{layers[member // 3]}.{KINDS[member % 3]}", stacked[position]
 
 
-def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
+def load_state(allocator: AllocatedLayers, state: AllocatorState) -> None:
     """See :meth:`RankAllocator.load_state_dict`."""
     sizes = (factors.lora_E.shape[0] for factors in allocator.factors())
     ranks = dict(zip(allocator.layer_names, sizes, strict=True))
@@ -112,17 +110,19 @@ def load_state(allocator: "RankAllocator", state: AllocatorState) -> None:
     remembered = ours.values.new_zeros(mask.shape if allocator.remember and not config["is_final"] else 0)
     if len(remembered):
         remembered.copy_(_of_layers(tensors["remembered"], tensors["mask"], config["layers"], ranks))
-    allocator._restore(
-        position,
-        mask.to(ours.device),
-        values,
-        tensors["updates"].to(ours.device, copy=True),
-        user_state,
-        remembered,
+    allocator.restore(
+        Snapshot(
+            position=position,
+            mask=mask.to(ours.device),
+            values=values,
+            updates=tensors["updates"].to(ours.device, copy=True),
+            user_state=user_state,
+            remembered=remembered,
+        )
     )
 
 
-def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[str, int]) -> torch.Tensor:
+def check_state(state: AllocatorState, allocator: AllocatedLayers, ranks: dict[str, int]) -> torch.Tensor:
     """The state's mask for layers of these ``ranks``, if all of the state fits the allocator and is sound.
 
     Raises:
@@ -171,7 +171,7 @@ def check_state(state: AllocatorState, allocator: "RankAllocator", ranks: dict[s
     return kept
 
 
-def _check_statistics(allocator: "RankAllocator", layers: dict[str, int], tensors: dict) -> None:
+def _check_statistics(allocator: AllocatedLayers, layers: dict[str, int], tensors: dict) -> None:
     """Every statistic of every entry is there, for layers of the saved ranks."""
     lambda_only = allocator.score.name == "magnitude" or allocator.triplet == "lambda"
     for (layer, rank), factors in zip(layers.items(), allocator.factors(), strict=False):
@@ -188,7 +188,7 @@ def _check_statistics(allocator: "RankAllocator", layers: dict[str, int], tensor
                     )
 
 
-def _check_same(config: dict, allocator: "RankAllocator") -> None:
+def _check_same(config: dict, allocator: AllocatedLayers) -> None:
     ours = {
         "score": allocator.score.name,
         "smoothing": allocator.smoothing,
@@ -251,13 +251,13 @@ def _of_layers(
     return torch.cat([own if ranks[name] == rank else own[kept] for (name, rank), own, kept in parts])
 
 
-def is_sharded(allocator: "RankAllocator") -> bool:
+def is_sharded(allocator: AllocatedLayers) -> bool:
     """Whether no process holds all of the factors."""
     return shards_of(allocator.parameters()) is not None
 
 
 def write_state(
-    allocator: "RankAllocator", folder: str | os.PathLike, whole: dict[str, list[bool]] | None = None
+    allocator: AllocatedLayers, folder: str | os.PathLike, whole: dict[str, list[bool]] | None = None
 ) -> Path:
     """Write the state to ``folder/adalora_allocator.safetensors``, whole or not at all; returns the path.
 

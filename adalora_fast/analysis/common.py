@@ -7,7 +7,7 @@ from typing import Any
 
 from adalora_fast.environment import environment, writing_to
 from adalora_fast.experiments.data.tasks import Task, get_task
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 from .groups import groups_of, in_order
 from .rows import AnyRows, RowSet

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from adalora_fast.environment import writing_to
-from adalora_fast.experiments.data.workloads import vocabulary_of
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.data.rows import vocabulary_of
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.locks import locked
 
 from .features import hash_of_base

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import DataCollatorWithPadding
 
 from adalora_fast.environment import writing_to
+from adalora_fast.experiments.data.rows import vocabulary_of
 from adalora_fast.experiments.data.squad import QuestionSplit
 from adalora_fast.experiments.data.tasks import Task
 from adalora_fast.experiments.data.translation import PairSplit
-from adalora_fast.experiments.data.workloads import vocabulary_of
 from adalora_fast.experiments.models.families import family_of, is_of_head
 
 from .changes import RunChange

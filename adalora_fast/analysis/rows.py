@@ -20,7 +20,7 @@ from adalora_fast.experiments.data.squad import QuestionSplit, load_questions
 from adalora_fast.experiments.data.tasks import Split, Task, get_task, held_out_rows, load_split
 from adalora_fast.experiments.data.translation import PairSplit, load_pairs
 from adalora_fast.experiments.data.workloads import Classification, Workload
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 PADDING = -100.0  # of logits, as in transformers' Trainer
 # Tokens of a batch, padding included: what fits a processor's cache, and what fills an accelerator.

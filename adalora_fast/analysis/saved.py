@@ -10,7 +10,8 @@ from typing import Any
 from adalora_fast.experiments.data.tasks import TASKS, Task, get_task
 from adalora_fast.experiments.methods.fusion import TRAINED
 from adalora_fast.experiments.run.finished import open_finished
-from adalora_fast.experiments.run.folder import RunSettings, read_object
+from adalora_fast.experiments.settings.files import read_object
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.integrations.files import CONFIG, WEIGHTS, file_within
 
 FULL = "model.safetensors"

@@ -10,7 +10,7 @@ from torch import nn
 
 from adalora_fast.experiments.data.tasks import get_task
 from adalora_fast.experiments.models.encoders import dequantised, load_model
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 from .changes import RunChange, mixture, read_change, used
 from .saved import SavedRun, open_run

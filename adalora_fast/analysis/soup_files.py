@@ -17,11 +17,11 @@ from torch import Tensor
 
 from adalora_fast.environment import writing_to
 from adalora_fast.experiments.data.tasks import get_task
-from adalora_fast.experiments.methods.adapters import TASK_TYPES
 from adalora_fast.experiments.models.families import family_of, is_of_head
+from adalora_fast.experiments.models.loading import TASK_TYPES
 from adalora_fast.experiments.models.packages import resolve_model
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.quiet import without_model_bars
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.integrations.checkpoints import move_files
 from adalora_fast.integrations.files import PREFIX, WEIGHTS
 from adalora_fast.integrations.plain_lora import convert, exact_pattern

@@ -25,7 +25,7 @@ from adalora_fast.experiments.data.translation import (
     set_languages,
     tokenize_pairs,
 )
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 from .rows import Evaluation, batches_of
 

@@ -12,14 +12,15 @@ from rich.console import Console
 
 from adalora_fast.environment import write_json
 
-from .data.docstrings import DocstringCorpus, build_corpus
-from .data.tasks import Split, Task
+from .data.docstrings import DocstringCorpus, build_corpus, corpus_splits
+from .data.tasks import Task
 from .models.packages import packaged_minilm
 from .report import results_table
 from .report.plots import plot_ranks
-from .run.folder import RunSettings, open_run
+from .run.folder import open_run
 from .run.progress import TrainingProgress
 from .settings.recipes import Recipe
+from .settings.settings import RunSettings
 
 SCORES = ("sensitivity", "movement", "fisher", "gsnr")
 FULL = Recipe(epochs=1.6, learning_rate=2e-3, scale=8.0, max_length=64, deltaT=5)
@@ -109,18 +110,6 @@ def corpus_task(corpus: DocstringCorpus) -> Task:
         metrics=("accuracy",),
         evaluation=("test",),
     )
-
-
-def corpus_splits(corpus: DocstringCorpus) -> dict[str, Split]:
-    source = f"standard library of Python {corpus.python_version}"
-    return {
-        "train": Split(
-            texts=(list(corpus.train_texts),), labels=list(corpus.train_labels), source=source, sample=False
-        ),
-        "test": Split(
-            texts=(list(corpus.test_texts),), labels=list(corpus.test_labels), source=source, sample=False
-        ),
-    }
 
 
 def describe_corpus(corpus: DocstringCorpus, console: Console) -> None:

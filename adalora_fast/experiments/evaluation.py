@@ -25,13 +25,16 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from adalora_fast.environment import environment, write_json, writing_to
+from adalora_fast.experiments.data.rows import HELD_OUT, Judged
+from adalora_fast.experiments.settings.files import read_object, working_of
+from adalora_fast.experiments.settings.settings import RunSettings
 
 from .data.tasks import Rows, Task, get_task, load_split
-from .data.workloads import HELD_OUT, Classification, Judged, Workload
+from .data.workloads import Classification, Workload
 from .metrics import interval
 from .metrics.translation import check_installed, chrf_statistics
 from .run.finished import FinishedRun, check_files, open_finished, open_soup, restore
-from .run.folder import RunFolder, RunSettings, read_object, working_of
+from .run.folder import RunFolder
 from .run.progress import TrainingProgress
 from .run.single import whole_path
 from .run.trainer import build_trainer
@@ -231,8 +234,9 @@ def loader_of(task: Task) -> Any:
 
 def _docstrings(settings: RunSettings, split: str) -> Rows:
     """Of the running Python, which must be the one that the run was trained on."""
+    from adalora_fast.experiments.data.docstrings import corpus_splits
+
     from .data.docstrings import build_corpus
-    from .demo import corpus_splits
 
     splits = corpus_splits(build_corpus())
     if split not in splits:

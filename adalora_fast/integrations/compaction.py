@@ -11,9 +11,9 @@ from adalora_fast.allocator.allocator import RankAllocator
 from adalora_fast.allocator.attachment import chain_of, is_watch
 from adalora_fast.nn import AdaLoraLinear, Factors
 
+from .fused import is_fused
 from .layers import set_factors
 from .locate import is_wrapper, the_peft_model
-from .peft import is_fused
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             f"{allocator.schedule.final_step}); train on, or call rankallocator.finalize()"
         )
     pattern = allocator.rank_pattern()
-    cuts = {name: _cuts(find(), pattern[name], name) for name, find in allocator._layers.items()}
+    layers = zip(allocator.layer_names, allocator.factors(), strict=True)
+    cuts = {name: _cuts(factors, pattern[name], name) for name, factors in layers}
     optimizers = [] if optimizer is None else chain_of(optimizer)
     flat = [cut for layer in cuts.values() for cut in layer]
     _check_optimizer(optimizers, flat, allocator)
@@ -89,9 +90,7 @@ def compact(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             set_factors(module, model.base_model.trainable_adapter_name, factors)
     for each in optimizers:
         _follow(each, successors)
-    position = replace(allocator._position, is_over=True)
-    allocator.rebind(finished=True)
-    allocator._go_to(position)
+    allocator.rebind(finished=True, at=replace(allocator.snapshot().position, is_over=True))
     if is_fused(model):
         model.base_model.remember_versions()
     return allocator.ranks()
@@ -136,7 +135,7 @@ def _check_optimizer(optimizers: list, cuts: list[_Cut], allocator: RankAllocato
         ValueError: it cannot, or the optimizer is the wrong one.
     """
     if not optimizers:
-        if allocator._attachment is not None:
+        if allocator.is_attached:
             raise ValueError(
                 "an optimizer is attached to the allocator; give it to compact(model, optimizer) too"
             )

@@ -34,12 +34,12 @@ from .files import (
     read_tensors,
     weights_file,
 )
+from .fused import FusedAdaLoraModel
 from .injected import forget_handle, take_handle
 from .layers import adapter_layers
 from .locate import the_peft_model
 from .model_card import CARD, EXPORTED, RUN, exported_section, new_card, section_of, write_section
 from .patched import with_own_forwards
-from .peft import FusedAdaLoraModel
 from .plain_lora import PlainLora, convert, exact_pattern, is_suffix, scale_of
 from .scales import peft_scale
 

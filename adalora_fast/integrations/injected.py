@@ -29,17 +29,17 @@ from adalora_fast.allocator.state import is_sharded, write_state
 
 from .adapter_names import is_in_a_key
 from .checkpoints import move_files
-from .layers import adapter_layers, fuse_layer
-from .locate import HANDLE, peft_models
-from .peft import (
-    ALLOCATOR_SETTINGS,
+from .fused import (
     FusedAdaLoraModel,
+    FuseSettings,
     check_model,
     check_rank_pattern,
-    fuse,
+    fuse_peft_model,
     is_finished,
     is_fused,
 )
+from .layers import adapter_layers, fuse_layer
+from .locate import HANDLE, peft_models
 from .scales import check_scales, take_over
 
 
@@ -90,7 +90,7 @@ class InjectedAdaLoraModel(FusedAdaLoraModel):
         """Layers and scales of an adapter that PEFT has just added."""
         trained = getattr(self, "trainable_adapter_name", None)
         for layer in adapter_layers(self.model).values():
-            fuse_layer(layer, self.precision, trained)
+            fuse_layer(layer, self.fused_with.precision, trained)
         take_over(adapter_layers(self.model), self.peft_config[adapter], adapter)
 
 
@@ -283,7 +283,7 @@ def forget_handle(model: nn.Module, memo: dict) -> None:
         memo |= {id(handle): None, id(handle.base_model): None}
 
 
-def fuse_inside(model: nn.Module, **options) -> nn.Module:
+def fuse_inside(model: nn.Module, settings: FuseSettings) -> nn.Module:
     """``fuse`` for everything adapted in ``model`` that is not fused yet; all of it, or an error and nothing.
 
     Raises:
@@ -301,7 +301,7 @@ def fuse_inside(model: nn.Module, **options) -> nn.Module:
     if len(unfused) > 1:
         for name, each in unfused.items():
             try:
-                _try(each, options)
+                _try(each, settings)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     for each in unfused.values():
@@ -310,7 +310,7 @@ def fuse_inside(model: nn.Module, **options) -> nn.Module:
             for name in each.peft_config:
                 _check_name(carrier, name)
     for each in unfused.values():
-        fuse(each, **options)
+        fuse_peft_model(each, settings)
         carrier = each.base_model.model
         if each not in model.modules():  # a handle
             give_handle(carrier, each)
@@ -329,8 +329,8 @@ def _why_nothing(model: nn.Module) -> str:
     )
 
 
-def _try(model: PeftModel, options: dict) -> None:
-    """Raise what ``fuse(model, **options)`` would, and change nothing."""
+def _try(model: PeftModel, settings: FuseSettings) -> None:
+    """Raise what :func:`fuse_peft_model` would, and change nothing."""
     tuner = check_model(model)
     for config in tuner.peft_config.values():
         check_scales(config)
@@ -339,12 +339,10 @@ def _try(model: PeftModel, options: dict) -> None:
         return
     pattern = tuner.peft_config[name].rank_pattern
     check_rank_pattern(pattern)
-    settings = {key: options[key] for key in ALLOCATOR_SETTINGS}
     scratch = SimpleNamespace(
         trainable_adapter_name=name,
         peft_config=tuner.peft_config,
         model=tuner.model,
-        allocator_settings=settings,
-        orth_penalty=options["orth_penalty"],
+        fused_with=settings,
     )
     FusedAdaLoraModel.make_allocator(scratch, finished=pattern is not None and is_finished(tuner, name))

@@ -11,8 +11,9 @@ from transformers import Trainer, TrainerCallback
 from adalora_fast.allocator.allocator import RankAllocator
 
 from .figures import RankHistograms, figures_of, is_training_log
+from .fused import FusedAdaLoraModel, is_fused
 from .locate import peft_models, unwrapped
-from .peft import FusedAdaLoraModel, fuse, is_fused
+from .peft import fuse
 from .run_folders import checkpoint_folder, complete, read_allocator
 from .weights import TRAINED
 

@@ -1,7 +1,6 @@
 """The orthogonality regulariser of every adapted layer of a model."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -10,8 +9,8 @@ from adalora_fast.ops.orthogonality import orthogonality
 
 from .linear import Factors
 
-if TYPE_CHECKING:
-    from adalora_fast.allocator.allocator import RankAllocator
+# Called in R's backward with what R gets from the loss, and what R adds to the gradients of A and of B.
+Note = Callable[[Tensor, list[Tensor]], None]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Callable[[], Factors | None]]:
@@ -66,20 +65,21 @@ def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
             f"{type(model).__name__} has {len(allocators)} allocators, and score_gradient='task' asks for "
             "the term of each: add up orthogonality_loss() of the adapted models in it"
         )
-    value = orthogonality_of(factors, penalty, allocators[0] if len(allocators) == 1 else None)
+    note = allocators[0].orthogonality_note if len(allocators) == 1 else None
+    value = orthogonality_of(factors, penalty, note)
     for allocator in allocators:
         if allocator.regulariser is not None:
             value = allocator.regulariser.noted(value)  # so that it is not added a second time
     return value
 
 
-def orthogonality_of(factors: list[Factors], penalty: str, allocator: "RankAllocator | None") -> Tensor:
-    """R of these layers; an allocator that scores the task's gradient alone is told what R adds to the
-    gradients.
+def orthogonality_of(factors: list[Factors], penalty: str, note: Note | None) -> Tensor:
+    """R of these layers. ``note`` is called in its backward, for who has to tell the task's gradient from R's
+    (:attr:`RankAllocator.orthogonality_note`).
     """
     lora_A, lora_B = [f.lora_A for f in factors], [f.lora_B for f in factors]
     both = whole(lora_A + lora_B)
     value, stacks = orthogonality(both[: len(factors)], both[len(factors) :], penalty)
-    if value.requires_grad and allocator is not None and allocator.score_gradient == "task":
-        value.register_hook(lambda upstream: allocator.note_orthogonality(upstream, stacks))
+    if value.requires_grad and note is not None:
+        value.register_hook(lambda upstream: note(upstream, stacks))
     return value

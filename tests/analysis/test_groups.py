@@ -8,8 +8,8 @@ import pytest
 
 from adalora_fast.analysis.groups import group_means, groups_of, in_order, pairs_of
 from adalora_fast.analysis.saved import names_of, open_runs
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)

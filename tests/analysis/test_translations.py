@@ -13,8 +13,8 @@ from adalora_fast.analysis.shared import SharedModel
 from adalora_fast.analysis.translations import ACCURACY, PairSet, mean_decoder_states
 from adalora_fast.experiments.data.tasks import TASKS
 from adalora_fast.experiments.data.translation import set_languages
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.helpers.mbart import needs_sentencepiece, pairs, save_mbart, write_pairs
 from tests.helpers.training_runs import train
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from adalora_fast import entry
+from adalora_fast import exits
 from tests.commands.calling import SETTINGS
 from tests.helpers.offline import no_network  # noqa: F401 - for every test here
 from tests.helpers.tiny import save_encoder, write_sst2
@@ -26,5 +26,5 @@ def here(place, tmp_path, monkeypatch):
     for name in ("bert", "data", "recipe.json"):
         (tmp_path / name).symlink_to(place / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(entry.warnings, "filterwarnings", lambda *arguments, **options: None)
+    monkeypatch.setattr(exits.warnings, "filterwarnings", lambda *arguments, **options: None)
     return tmp_path

@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from adalora_fast import cli, entry
+from adalora_fast import cli, exits
 from adalora_fast.entry import parse_plainly
 from adalora_fast.export_command import Export
 from adalora_fast.extras import EXTRAS, PARSING, RUNS, missing, needed, remedy
@@ -109,7 +109,7 @@ def test_wrong_flags(arguments, capsys):
 
 def test_a_package_that_is_missed_in_the_middle(monkeypatch, capsys):
     """Of a package without which most commands run, the error is a line; of any other, a traceback."""
-    monkeypatch.setattr(entry, "missing", list)
+    monkeypatch.setattr(exits, "missing", list)
 
     def run(name):
         def stops():
@@ -117,14 +117,14 @@ def test_a_package_that_is_missed_in_the_middle(monkeypatch, capsys):
 
         return stops
 
-    assert entry.carry_out(run("sacrebleu.metrics")) == 2
+    assert exits.carry_out(run("sacrebleu.metrics")) == 2
     line = "this command needs sacrebleu, which is not installed; install it with: pip install"
     assert capsys.readouterr().err == f"adalora-fast: {line} 'adalora-fast[experiments]'\n"
     with pytest.raises(ModuleNotFoundError):
-        entry.carry_out(run("adalora_fast.no_such_part"))
+        exits.carry_out(run("adalora_fast.no_such_part"))
     monkeypatch.undo()
     with pytest.raises(ModuleNotFoundError):  # it is installed: a part of it is missing
-        entry.carry_out(run("numpy.no_such_part"))
+        exits.carry_out(run("numpy.no_such_part"))
 
 
 def test_needed():

@@ -6,7 +6,7 @@ import pytest
 
 from adalora_fast.experiments.run.folder import open_run
 from adalora_fast.experiments.sweep import sweep
-from adalora_fast.experiments.sweep.sweep import make_plan
+from adalora_fast.experiments.sweep.plan import make_plan
 from tests.helpers.offline import no_network  # noqa: F401 - for every test here
 from tests.helpers.planning import DEFAULTS, GRID
 

@@ -8,11 +8,12 @@ from safetensors.numpy import load_file
 
 from adalora_fast.analysis.soups import make_soup
 from adalora_fast.experiments.data import docstrings
+from adalora_fast.experiments.data.docstrings import corpus_splits
 from adalora_fast.experiments.data.workloads import Classification
-from adalora_fast.experiments.demo import corpus_splits, corpus_task
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.demo import corpus_task
 from adalora_fast.experiments.run.progress import TrainingProgress
 from adalora_fast.experiments.run.training import train_run
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.experiments.data import test_question_answering
 from tests.experiments.test_evaluation import SHORT, evaluate
 from tests.helpers import mbart, tiny

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from adalora_fast.experiments.data.tasks import TASKS
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.run.progress import TrainingProgress
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.helpers.tiny import RECIPE, quiet_console
 
 TASK = TASKS["sst2"]

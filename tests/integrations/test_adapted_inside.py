@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from adalora_fast import compact, fuse, to_lora
+from adalora_fast.integrations.fused import is_fused
 from adalora_fast.integrations.locate import peft_models
-from adalora_fast.integrations.peft import is_fused
 from tests.helpers.injecting import END, Towers, Wrapped, added, injected, logits, run_steps
 from tests.helpers.models import adapted, awake, bert, trainable
 from tests.helpers.peft_models import logits as peft_logits

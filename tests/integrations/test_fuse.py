@@ -10,8 +10,8 @@ from peft.tuners.adalora import AdaLoraModel
 from torch import nn
 
 from adalora_fast import RankAllocator, fuse, orthogonality_loss
+from adalora_fast.integrations.fused import FusedAdaLoraModel, is_fused
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers
-from adalora_fast.integrations.peft import FusedAdaLoraModel, is_fused
 from tests.helpers.models import adapted, awake, batch, trained_weights
 from tests.helpers.peft_models import adamw, logits, no_warning, same_state, same_weights, steps, trained
 

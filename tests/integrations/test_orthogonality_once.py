@@ -333,7 +333,7 @@ def test_a_term_that_acts_is_not_warned_of(loss, task_type):
 
 
 def test_without_a_task_type_a_forgotten_allocator_is_noticed_too(monkeypatch):
-    monkeypatch.setattr("adalora_fast.integrations.peft.FORGOTTEN_AFTER", 3)
+    monkeypatch.setattr("adalora_fast.integrations.fused.FORGOTTEN_AFTER", 3)
     model = fused(None)
     optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
     with pytest.warns(UserWarning, match="no allocator step"):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from adalora_fast import AdaLoraCallback, fuse
-from adalora_fast.integrations.peft import is_fused
+from adalora_fast.integrations.fused import is_fused
 from adalora_fast.integrations.trainer import unwrap
 from tests.helpers.models import bert, examples, trainable
 from tests.helpers.peft_models import no_warning, one_line
@@ -177,7 +177,8 @@ def test_the_callbacks_options_reach_fuse(tmp_path):
     trainer(model, tmp_path, callback=callback)
     allocator = model.base_model.rankallocator
     assert (allocator.score.name, allocator.smoothing) == ("movement", "sum")
-    assert (model.base_model.orth_penalty, model.base_model.precision) == ("squared", "highest")
+    fused_with = model.base_model.fused_with
+    assert (fused_with.orth_penalty, fused_with.precision) == ("squared", "highest")
 
 
 def test_a_callback_that_is_added_later(tmp_path, run):

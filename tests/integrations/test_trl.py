@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from adalora_fast import AdaLoraCallback, fuse
-from adalora_fast.integrations.peft import is_fused
+from adalora_fast.integrations.fused import is_fused
 from tests.helpers.checkpoints import ADAPTER, STATE
 from tests.helpers.models import trained_weights
 from tests.helpers.peft_models import same_state, same_weights

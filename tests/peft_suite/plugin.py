@@ -22,8 +22,8 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.mixed import MixedModel
 
 from adalora_fast import fuse
+from adalora_fast.integrations.fused import FusedAdaLoraModel, is_fused
 from adalora_fast.integrations.layers import FusedSVDLinear, adapter_layers, fuse_layer
-from adalora_fast.integrations.peft import FusedAdaLoraModel, is_fused
 from tests.peft_suite.differences import DIFFERENCES
 
 OFFLINE = (  # what a test that needs a hub ends with, where there is none

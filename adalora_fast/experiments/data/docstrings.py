@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .tasks import Split
+
 # Tests, what pip puts beside the standard library, and an application that many distributions leave out.
 EXCLUDED_DIRECTORIES = frozenset(
     {"test", "tests", "site-packages", "dist-packages", "idlelib", "__pycache__"}
@@ -134,3 +136,15 @@ def _first_paragraphs(root: Path, progress: Callable[[int, int], None] | None) -
                 docstring = ast.get_docstring(node)
                 if docstring and docstring.strip():
                     yield module, " ".join(docstring.strip().split("\n\n")[0].split())
+
+
+def corpus_splits(corpus: DocstringCorpus) -> dict[str, Split]:
+    source = f"standard library of Python {corpus.python_version}"
+    return {
+        "train": Split(
+            texts=(list(corpus.train_texts),), labels=list(corpus.train_labels), source=source, sample=False
+        ),
+        "test": Split(
+            texts=(list(corpus.test_texts),), labels=list(corpus.test_labels), source=source, sample=False
+        ),
+    }

@@ -7,9 +7,10 @@ import numpy as np
 from datasets import Dataset
 
 from adalora_fast.experiments.metrics.squad_core import evaluate_v1, evaluate_v2, per_question
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 
+from .rows import Judged, cached, load_splits
 from .squad import (
     EvaluationFeatures,
     QuestionSplit,
@@ -19,7 +20,6 @@ from .squad import (
 )
 from .squad_answers import decode
 from .tasks import Task, get_task
-from .workloads import Judged, cached, load_splits
 
 
 @dataclass(kw_only=True)

@@ -15,11 +15,11 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from adalora_fast.experiments.metrics.translation import bleu, bleu_statistics, check_installed, chrf
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 
+from .rows import Judged, cached, load_splits
 from .tasks import Rows, Task, get_task, read_table
-from .workloads import Judged, cached, load_splits
 
 LANGUAGE_CODES = {"en": "en_XX", "ro": "ro_RO"}  # mBART's names of the columns
 

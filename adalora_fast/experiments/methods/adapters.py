@@ -1,17 +1,15 @@
 """From settings to the model that is trained: the encoder with a new head, and what of it may change."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adalora_fast.experiments.data.tasks import Task
-from adalora_fast.experiments.models.encoders import load_model, outline_model
-from adalora_fast.experiments.models.families import family_of, is_of_head
-from adalora_fast.experiments.run.folder import LOW_RANK, VIRTUAL, RunSettings
+from adalora_fast.experiments.models.families import adapted_modules, family_of
+from adalora_fast.experiments.models.loading import biases_of, freeze, task_type
 from adalora_fast.experiments.settings.quiet import without_model_bars
+from adalora_fast.experiments.settings.settings import LOW_RANK, VIRTUAL, RunSettings
 
 from .bottleneck import add_bottlenecks, check_bottlenecks
 from .fusion import TRAINED, add_fusion
@@ -19,41 +17,6 @@ from .nulls import score_of
 
 # PEFT's config insists on a number; the callbacks know the real one when training starts.
 PLACEHOLDER_STEPS = 1_000_000
-TASK_TYPES = {"question_answering": "QUESTION_ANS", "translation": "SEQ_2_SEQ_LM"}
-COMPUTED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def load_encoder(settings: RunSettings, task: Task) -> tuple[nn.Module, Any]:
-    """The pretrained encoder with a fresh head for `task`, and its tokenizer."""
-    return load_model(
-        settings.model,
-        dtype=settings.dtype,
-        compute_dtype=COMPUTED_IN[settings.recipe.precision],
-        **_form(settings, task),
-    )
-
-
-def outline_encoder(settings: RunSettings, task: Task) -> nn.Module:
-    """The same encoder on the meta device: its modules without their numbers."""
-    return outline_model(settings.model, **_form(settings, task))
-
-
-def _form(settings: RunSettings, task: Task) -> dict[str, Any]:
-    return {
-        "kind": task.kind,
-        "labels": task.labels,
-        "classifier_dropout": settings.recipe.classifier_dropout,
-        "dropout": settings.recipe.dropout,
-        "attention": settings.attention or fastest_attention(settings),
-    }
-
-
-def fastest_attention(settings: RunSettings) -> str | None:
-    """None leaves the choice to transformers. On a CPU in half precision the backward pass of PyTorch's fused
-    attention takes longer than the rest of the step.
-    """
-    half = settings.recipe.precision != "fp32" or settings.dtype in ("bfloat16", "float16")
-    return "eager" if half and not torch.accelerator.is_available() else None
 
 
 def adapt(
@@ -107,27 +70,6 @@ def _adapted(
     return model
 
 
-def biases_of(model: nn.Module, head: list[str]) -> list[nn.Parameter]:
-    """Every bias outside of the head, those of layer norms too; ValueError where there are none."""
-    biases = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if name.endswith(".bias") and not is_of_head(name, head)
-    ]
-    if not biases:
-        raise ValueError(
-            f"a {model.config.model_type} encoder has no biases to train; use --method lora or head instead "
-            "of bitfit, and no train_biases"
-        )
-    return biases
-
-
-def freeze(model: nn.Module, head: list[str]) -> None:
-    """Everything but the head."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_of_head(name, head))
-
-
 def add_low_rank(
     model: nn.Module,
     settings: RunSettings,
@@ -165,7 +107,7 @@ def add_low_rank(
         if ".ranknum." in name:  # a number, and yet a parameter: casting a half-precision base unfreezes it
             parameter.requires_grad_(False)
     if settings.method == "adalora":
-        from adalora_fast import fuse
+        from adalora_fast.integrations.peft import fuse
 
         fuse(
             adapted,
@@ -179,33 +121,6 @@ def add_low_rank(
             remember=recipe.remember,
         )
     return adapted
-
-
-def adapted_modules(model: nn.Module, matrices: Sequence[str] | None) -> str:
-    """PEFT's `target_modules`: a pattern of these matrices in every layer; of those that its family adapts if
-    None.
-
-    Raises:
-        ValueError: the model has no such matrix, or none at all.
-    """
-    family, model_type = family_of(model), model.config.model_type
-    if not family.matrices:
-        raise ValueError(
-            f"a {model_type} encoder has no linear matrices in its layers; use --method full, head or bitfit"
-        )
-    unknown = next((name for name in matrices or () if name not in family.matrices), None)
-    if unknown is not None:
-        raise ValueError(
-            f"a {model_type} encoder has no matrix {unknown!r}; choose from {', '.join(family.matrices)}"
-        )
-    return family.pattern(matrices or family.adapted or family.matrices)
-
-
-def task_type(task: Task) -> Any:
-    """PEFT's name for it."""
-    from peft import TaskType
-
-    return TaskType[TASK_TYPES.get(task.kind, "SEQ_CLS")]
 
 
 def save_adapter(model: nn.Module, settings: RunSettings, folder: Path) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from adalora_fast.allocator.schedule import BudgetSchedule
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 
 def training_callbacks(settings: RunSettings) -> list[TrainerCallback]:
@@ -14,7 +14,7 @@ def training_callbacks(settings: RunSettings) -> list[TrainerCallback]:
     recipe = settings.recipe
     schedule = {"tinit": recipe.tinit, "tfinal": recipe.tfinal, "deltaT": recipe.deltaT}
     if settings.method == "adalora":
-        from adalora_fast import AdaLoraCallback
+        from adalora_fast.integrations.trainer import AdaLoraCallback
 
         return [AdaLoraCallback(**schedule)]
     return [PeftAllocation(**schedule)] if settings.method == "peft" else []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adalora_fast.experiments.models.families import family_of
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 PLACES = ("attention output", "output")  # the second projection of a feed-forward block is the latter
 

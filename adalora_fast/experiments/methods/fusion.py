@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalora_fast.experiments.run.folder import RunSettings, read_json, working_of
+from adalora_fast.experiments.settings.files import read_json, working_of
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.integrations.files import file_within, read_tensors
 
 from .bottleneck import Bottleneck, places_of, put_after

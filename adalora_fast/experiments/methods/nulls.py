@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_fast.allocator.scores import Score, register_score, score_names
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 NO_RANKS = "dealt deals the ranks of another run; name its arm, for instance ranks_from=sensitivity"
 Signal = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]

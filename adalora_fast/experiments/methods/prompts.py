@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adalora_fast.experiments.data.tasks import Task
-from adalora_fast.experiments.models.families import FAMILIES, position_limit
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.models.families import FAMILIES, adapted_modules, position_limit
+from adalora_fast.experiments.models.loading import task_type
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.integrations.files import file_within, read_tensors
 
-from .adapters import adapted_modules, task_type
 from .fusion import TRAINED
 
 

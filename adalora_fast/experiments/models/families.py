@@ -1,7 +1,7 @@
 """How an encoder names its matrices and heads."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -269,3 +269,23 @@ def set_dropout(
     if dropout is not None:
         for field in family.dropout:
             setattr(config, field, dropout)
+
+
+def adapted_modules(model: nn.Module, matrices: Sequence[str] | None) -> str:
+    """PEFT's `target_modules`: a pattern of these matrices in every layer; of those that its family adapts if
+    None.
+
+    Raises:
+        ValueError: the model has no such matrix, or none at all.
+    """
+    family, model_type = family_of(model), model.config.model_type
+    if not family.matrices:
+        raise ValueError(
+            f"a {model_type} encoder has no linear matrices in its layers; use --method full, head or bitfit"
+        )
+    unknown = next((name for name in matrices or () if name not in family.matrices), None)
+    if unknown is not None:
+        raise ValueError(
+            f"a {model_type} encoder has no matrix {unknown!r}; choose from {', '.join(family.matrices)}"
+        )
+    return family.pattern(matrices or family.adapted or family.matrices)

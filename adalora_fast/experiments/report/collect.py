@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adalora_fast.experiments.run.folder import NULLS, OTHER_METHODS, failure_of, read_object, working_of
+from adalora_fast.experiments.settings.files import failure_of, read_object, working_of
+from adalora_fast.experiments.settings.settings import NULLS, OTHER_METHODS
 from adalora_fast.experiments.sweep.plan_contrasts import default_contrasts, read_contrasts
 
 RESULT_KEYS = (

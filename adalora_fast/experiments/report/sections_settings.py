@@ -5,8 +5,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from adalora_fast.experiments.data.tasks import TASKS
-from adalora_fast.experiments.run.folder import LOW_RANK, NULLS, OTHER_METHODS
 from adalora_fast.experiments.settings.recipes import Recipe, recipe_of
+from adalora_fast.experiments.settings.settings import LOW_RANK, NULLS, OTHER_METHODS
 
 from .collect import Sweep, distinct
 from .tables import markdown, task_name

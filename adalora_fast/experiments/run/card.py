@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.integrations.model_card import (
     CARD,
     RUN,
@@ -14,8 +15,6 @@ from adalora_fast.integrations.model_card import (
     section_of,
     shown_base,
 )
-
-from .folder import RunSettings
 
 
 def write_card(

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from adalora_fast.experiments.data.tasks import Task
-from adalora_fast.experiments.methods.adapters import adapt, freeze, load_encoder
+from adalora_fast.experiments.methods.adapters import adapt
 from adalora_fast.experiments.methods.fusion import TRAINED, put_fusions
 from adalora_fast.experiments.models.families import family_of
+from adalora_fast.experiments.models.loading import freeze, load_encoder
+from adalora_fast.experiments.settings.files import read_object, working_of
 from adalora_fast.experiments.settings.quiet import without_model_bars
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import LOW_RANK, VIRTUAL, RunSettings
 from adalora_fast.integrations.files import CONFIG, WEIGHTS, file_within, read_tensors
-
-from .folder import LOW_RANK, VIRTUAL, RunSettings, read_object, working_of
 
 FULL = "config.json"  # of a whole model; its weights may be in several files
 
@@ -133,7 +134,7 @@ def _restored(model: nn.Module, run: FinishedRun, task: Task) -> nn.Module:
     if settings.method in LOW_RANK:
         from peft import PeftModel
 
-        from adalora_fast import fuse
+        from adalora_fast.integrations.peft import fuse
 
         with _fitting(run):
             adapted = PeftModel.from_pretrained(model, str(run.adapter))

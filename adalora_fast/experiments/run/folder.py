@@ -9,119 +9,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adalora_fast.environment import environment, write_json, writing_to
-from adalora_fast.experiments.settings.recipes import WITHOUT_MATRICES, Recipe
+from adalora_fast.experiments.settings.files import read_json, read_object, working_of
+from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 from adalora_fast.locks import locked
-
-LOW_RANK = ("adalora", "peft", "lora")
-METHODS = (*LOW_RANK, *WITHOUT_MATRICES)
-OTHER_METHODS = tuple(method for method in METHODS if method != "adalora")
-NULLS = ("uniform", "random", "dealt")  # scores that look at nothing
-DTYPES = ("float32", "bfloat16", "float16", "nf4")
-VIRTUAL = ("prompt", "prefix", "p_tuning", "ia3")  # virtual tokens and scales
-ON_FOUR_BITS = (*LOW_RANK, *VIRTUAL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """Everything that decides what a run computes. Two runs with equal settings are the same run.
-
-    `method` is adalora (here, with any score), or one of those that `adapters.adapt` explains. `variant`
-    names settings that the recipe has for it alone ("r4" of the arm "lora-r4"). `adapters` are the run
-    folders that fusion starts from. `smoothing` of None is the score's own default. `held_out` above zero
-    evaluates on that part of the training data, which is then not trained on, instead of the development
-    set. `dtype` is that of the frozen weights (nf4: four bits, as QLoRA has them); `attention` (None: what is
-    fastest here) and `compile` are for speed. `record_scores` writes every triplet's score at every mask into
-    allocation.jsonl.
-    """
-
-    task: str
-    model: str
-    method: str = "adalora"
-    score: str = "sensitivity"
-    smoothing: str | None = None
-    score_gradient: str = "total"
-    variant: str = ""
-    adapters: tuple[str, ...] = ()
-    seed: int = 0
-    held_out: float = 0.0
-    data_dir: str | None = None
-    dtype: str = "float32"
-    attention: str | None = None
-    compile: bool = False
-    record_scores: bool = False
-    recipe: Recipe = field(default_factory=Recipe)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "adapters", tuple(self.adapters))  # JSON has lists
-        _require("method", self.method, METHODS)
-        _require("score_gradient", self.score_gradient, ("total", "task"))
-        _require("dtype", self.dtype, DTYPES)
-        if self.method == "full" and self.dtype != "float32":
-            raise ValueError(
-                f"dtype {self.dtype!r} is for frozen weights, and full trains all; use --set precision=bf16"
-            )
-        if self.dtype == "nf4" and self.method not in ON_FOUR_BITS:
-            raise ValueError(
-                f"{self.method} cannot train on weights of four bits; choose another dtype than nf4, or a "
-                f"method of {', '.join(ON_FOUR_BITS)}"
-            )
-        trains_biases = self.method == "bitfit" or self.recipe.train_biases
-        if trains_biases and self.dtype != "float32":
-            raise ValueError(
-                f"biases of {self.dtype} weights cannot be trained; leave out --dtype, or bitfit and "
-                "train_biases, and for speed use --set precision=bf16"
-            )
-        if self.method not in LOW_RANK and self.recipe.matrices is not None:
-            raise ValueError(
-                f"matrices is {list(self.recipe.matrices)}, but {self.method} adapts none; leave it out, or "
-                f"choose a method of {', '.join(LOW_RANK)}"
-            )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed!r} is not an integer from 0 to {2**32 - 1}; choose another")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(
-                f"held_out is {self.held_out}; it must be a fraction of the training data below 1"
-            )
-
-    @property
-    def arm(self) -> str:
-        """The short name under which sweeps know this way to train; `arms.parse_arm` reads it."""
-        name = self.method
-        if name == "adalora":
-            gradient = "task" if self.score_gradient == "task" else None
-            name = "+".join(filter(None, [self.score, self.smoothing, gradient]))
-        return f"{name}-{self.variant}" if self.variant else name
-
-    @property
-    def label(self) -> str:
-        """A short name for tables and folders."""
-        known = {"lora": f"lora-r{self.recipe.target_r}", "head": "head-only", "peft": "peft-adalora"}
-        return known.get(self.arm, self.arm)
-
-
-def working_of(run: Path) -> Path:
-    """Where this run is written until it is complete."""
-    return run.with_name(f".{run.name}.partial")
-
-
-def failure_of(run: Path) -> Path:
-    """The file that says why this run of a sweep failed."""
-    return run.with_name(f"{run.name}.failed.json")
 
 
 def is_main_process() -> bool:
     """False in the processes of a distributed run (torchrun, accelerate) that write nothing."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,22 +152,6 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _as_json(settings: RunSettings | Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings)))
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; ValueError naming the file where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also where it is not text
-        raise ValueError(f"{path} is not readable JSON ({error}); restore or delete it") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the file where there is none."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; restore or delete it")
-    return content
 
 
 def read_result(folder: Path) -> dict[str, Any]:

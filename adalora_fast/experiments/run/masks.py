@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from adalora_fast.allocator.allocator import RankAllocator
+from adalora_fast.experiments.settings.settings import NULLS, RunSettings
 from adalora_fast.ops import select_triplets
-
-from .folder import NULLS, RunSettings
 
 
 def allocator_of(model: nn.Module) -> RankAllocator:

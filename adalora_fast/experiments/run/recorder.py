@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from .folder import RunFolder, RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
+
+from .folder import RunFolder
 from .lines import append_line, read_lines, write_lines
 from .masks import MaskLog, allocator_of
 from .progress import TrainingProgress

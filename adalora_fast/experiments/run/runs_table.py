@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .folder import read_object
+from adalora_fast.experiments.settings.files import read_object
 
 COLUMNS = {
     "task",

@@ -13,8 +13,9 @@ from adalora_fast.experiments.methods.fusion import open_sources
 from adalora_fast.experiments.methods.nulls import check_null, register_nulls
 from adalora_fast.experiments.models.packages import resolve_model
 from adalora_fast.experiments.settings.recipes import load_recipe, model_of, read_recipe, recipe_for
+from adalora_fast.experiments.settings.settings import RunSettings
 
-from .folder import RunSettings, is_main_process, open_run
+from .folder import is_main_process, open_run
 from .progress import TrainingProgress
 
 

@@ -11,7 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .folder import RunFolder, read_object
+from adalora_fast.experiments.settings.files import read_object
+
+from .folder import RunFolder
 from .lines import read_lines
 from .progress import TrainingProgress, duration
 

@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from adalora_fast.experiments.data.rows import Judged
 from adalora_fast.experiments.data.tasks import Task
-from adalora_fast.experiments.data.workloads import Judged, Workload
+from adalora_fast.experiments.data.workloads import Workload
 from adalora_fast.experiments.models.families import FAMILIES
-
-from .folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 
 
 def build_trainer(

@@ -14,15 +14,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 from adalora_fast.environment import write_json
-from adalora_fast.experiments.data.workloads import Judged, Workload
-from adalora_fast.experiments.methods.adapters import adapt, load_encoder, save_adapter
+from adalora_fast.experiments.data.rows import Judged
+from adalora_fast.experiments.data.workloads import Workload
+from adalora_fast.experiments.methods.adapters import adapt, save_adapter
 from adalora_fast.experiments.methods.allocation import check_budget, ranks_of, training_callbacks
 from adalora_fast.experiments.methods.fusion import mean_weights
 from adalora_fast.experiments.methods.nulls import read_ranks
 from adalora_fast.experiments.models.families import position_limit
+from adalora_fast.experiments.models.loading import load_encoder
+from adalora_fast.experiments.settings.files import read_json, read_object
+from adalora_fast.experiments.settings.settings import RunSettings
 
 from .card import write_card
-from .folder import RunFolder, RunSettings, open_run, read_json, read_object
+from .folder import RunFolder, open_run
 from .progress import TrainingProgress
 from .recorder import Recorder
 from .stopwatch import Stopwatch

@@ -14,9 +14,9 @@ An arm may end in "-<variant>" where the recipe has settings of its own for it: 
 from typing import Any
 
 from adalora_fast.allocator.scores import get_score, resolve_smoothing, score_names
-from adalora_fast.experiments.methods.nulls import register_nulls
-from adalora_fast.experiments.run.folder import NULLS, OTHER_METHODS
 from adalora_fast.ops.importance import SMOOTHINGS
+
+from .settings import NULLS, OTHER_METHODS
 
 
 def parse_arm(arm: str) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def parse_arm(arm: str) -> dict[str, Any]:
     name, *extras = arm.split("+")
     if name in OTHER_METHODS and not extras:
         return {"method": name}
-    register_nulls()
-    if name not in score_names():
+    scores = dict.fromkeys((*score_names(), *NULLS))
+    if name not in scores:
         raise ValueError(
-            f"unknown arm {arm!r}; choose one of {', '.join((*score_names(), *OTHER_METHODS))}, "
+            f"unknown arm {arm!r}; choose one of {', '.join((*scores, *OTHER_METHODS))}, "
             "a score also with +<smoothing> or +task"
         )
     if name in NULLS and extras:

@@ -7,22 +7,21 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from .sweep import Planned
+from .plan import Planned
 
 BUSY_SECONDS = 5
 
 
 def on_cluster(
-    runs: "list[Planned]",
+    runs: list[Planned],
     address: str,
     console: Console,
     *,
-    record: "Callable[[Planned, BaseException], None]",
+    record: Callable[[Planned, BaseException], None],
 ) -> None:
     """Every run as a task of the cluster at `address` ("local" starts one here, "auto" finds a running one).
 
@@ -83,10 +82,10 @@ def run_remotely(settings: dict[str, Any], path: str, command: list[str]) -> str
     """In a worker: one run, and the line that says how it went. `command` is what the user typed."""
     import torch
 
-    from adalora_fast.experiments.run.folder import RunSettings
     from adalora_fast.experiments.run.progress import TrainingProgress
     from adalora_fast.experiments.run.single import start_run
     from adalora_fast.experiments.settings.recipes import Recipe
+    from adalora_fast.experiments.settings.settings import RunSettings
 
     sys.argv = command  # what config.json shows
     if not torch.cuda.is_available():

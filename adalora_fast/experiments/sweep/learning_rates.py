@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from adalora_fast.environment import write_json
-from adalora_fast.experiments.run.folder import failure_of, read_object, read_result
+from adalora_fast.experiments.run.folder import read_result
+from adalora_fast.experiments.settings.files import failure_of, read_object
 
 DEFAULT = {"learning_rates": [2e-4, 5e-4, 1e-3, 2e-3, 4e-3], "arms": {}, "seeds": [100, 101], "held_out": 0.1}
 

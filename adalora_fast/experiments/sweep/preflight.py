@@ -17,22 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from adalora_fast.experiments.data.rows import CACHED_ROWS, cache_folder, keeping_tokens
 from adalora_fast.experiments.data.tasks import Task, get_task
-from adalora_fast.experiments.data.workloads import (
-    CACHED_ROWS,
-    Workload,
-    cache_folder,
-    keeping_tokens,
-    load_workload,
-)
-from adalora_fast.experiments.methods.adapters import adapt, load_encoder, outline_encoder
+from adalora_fast.experiments.data.workloads import Workload, load_workload
+from adalora_fast.experiments.methods.adapters import adapt
 from adalora_fast.experiments.methods.allocation import check_schedule
 from adalora_fast.experiments.models.families import position_limit
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.models.loading import load_encoder, outline_encoder
 from adalora_fast.experiments.run.single import check_score
 from adalora_fast.experiments.run.trainer import training_arguments
 from adalora_fast.experiments.run.training import check_lengths
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 
 FEW = 4  # rows that are tokenised to see whether it can be done
 NUMBER = 4  # bytes of what is trained, and of each of Adam's two moments

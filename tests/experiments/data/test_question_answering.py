@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 
 from adalora_fast.experiments.data.workloads import load_workload
 from adalora_fast.experiments.models.encoders import load_model
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.helpers.tiny import write_parquet
 from tests.helpers.training_runs import read, train
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from adalora_fast.experiments.data.tasks import TASKS, load_split
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.helpers.training_runs import train
 
 DATA = Path(os.environ.get("ADALORA_FAST_DATA", Path(__file__).parents[4] / "shared" / "data"))

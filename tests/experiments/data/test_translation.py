@@ -18,9 +18,9 @@ from adalora_fast.experiments.data.workloads import load_workload
 from adalora_fast.experiments.metrics.translation import bleu, bleu_of_sums, bleu_statistics
 from adalora_fast.experiments.models.encoders import load_model
 from adalora_fast.experiments.models.families import locate_matrix
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe, load_recipe
-from adalora_fast.experiments.sweep.sweep import make_plan
+from adalora_fast.experiments.settings.settings import RunSettings
+from adalora_fast.experiments.sweep.plan import make_plan
 from tests.experiments.run.test_resume import assert_same_run, interrupt
 from tests.helpers.mbart import (
     ENGLISH,

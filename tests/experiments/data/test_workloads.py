@@ -11,10 +11,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from adalora_fast.experiments.data import workloads
+from adalora_fast.experiments.data.rows import cached, tokenize
 from adalora_fast.experiments.data.tasks import Split
-from adalora_fast.experiments.data.workloads import cached, load_workload, tokenize
+from adalora_fast.experiments.data.workloads import load_workload
 from adalora_fast.experiments.models.encoders import load_model
-from adalora_fast.experiments.run.folder import RunSettings
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.helpers.tiny import RECIPE, write_parquet, write_sst2
 
 

@@ -15,8 +15,8 @@ from adalora_fast.experiments.methods.allocation import (
     training_callbacks,
 )
 from adalora_fast.experiments.models.families import FAMILIES, locate_matrix
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 from tests.helpers.tiny import LAYERS, RECIPE, encoder_config
 
 TYPES = ["bert", "roberta", "deberta-v2", "modernbert"]  # every family: test_encoders.py

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from adalora_fast.experiments.data.tasks import TASKS
-from adalora_fast.experiments.methods.adapters import adapt, load_encoder
+from adalora_fast.experiments.methods.adapters import adapt
 from adalora_fast.experiments.methods.bottleneck import (
     Bottleneck,
     check_bottlenecks,
@@ -19,7 +19,8 @@ from adalora_fast.experiments.methods.bottleneck import (
 )
 from adalora_fast.experiments.models.encoders import cast_encoder
 from adalora_fast.experiments.models.families import FAMILIES
-from adalora_fast.experiments.sweep.sweep import make_plan
+from adalora_fast.experiments.models.loading import load_encoder
+from adalora_fast.experiments.sweep.plan import make_plan
 from tests.helpers.tiny import LAYERS, RECIPE, WIDTH, encoder_config
 from tests.helpers.training_runs import TASK, StopAfter, files, read, settings, train, without_times
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from adalora_fast import cli
 from adalora_fast.experiments.data.tasks import TASKS
-from adalora_fast.experiments.methods.adapters import adapt, load_encoder
+from adalora_fast.experiments.methods.adapters import adapt
 from adalora_fast.experiments.methods.bottleneck import Bottleneck
 from adalora_fast.experiments.methods.fusion import Fusion, mean_weights, open_sources
 from adalora_fast.experiments.models.families import FAMILIES
+from adalora_fast.experiments.models.loading import load_encoder
 from adalora_fast.experiments.run import training
 from tests.experiments.data.test_question_answering import write_squad
 from tests.helpers.tiny import LAYERS, RECIPE, WIDTH, write_parquet, write_sst2

@@ -10,9 +10,9 @@ import torch
 from adalora_fast import AdaLoraLinear, RankAllocator
 from adalora_fast.allocator.scores import Score
 from adalora_fast.experiments.methods.nulls import dealt, lottery, read_ranks, score_of, shuffled
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.run.masks import MaskLog, described
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 
 INIT_R, MATRICES, STEPS = 16, 12, 41
 SETTINGS = RunSettings(task="mrpc", model="minilm", score="random", recipe=Recipe(deltaT=5))

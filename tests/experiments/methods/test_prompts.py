@@ -12,8 +12,8 @@ from adalora_fast.experiments.data.tasks import TASKS
 from adalora_fast.experiments.methods.adapters import adapt, save_adapter
 from adalora_fast.experiments.methods.allocation import ranks_of
 from adalora_fast.experiments.models.families import FAMILIES, locate_matrix, position_limit
-from adalora_fast.experiments.run.folder import VIRTUAL, RunSettings
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import VIRTUAL, RunSettings
 from tests.experiments.run.test_resume import interrupt
 from tests.helpers.tiny import LAYERS, RECIPE, encoder_config, write_sst2
 from tests.helpers.training_runs import files, read, settings, train

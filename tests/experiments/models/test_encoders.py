@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as library_logging
 
 from adalora_fast import fuse
-from adalora_fast.experiments.methods.adapters import adapted_modules
 from adalora_fast.experiments.models.encoders import load_model
-from adalora_fast.experiments.models.families import FAMILIES, family_of, locate_matrix
+from adalora_fast.experiments.models.families import FAMILIES, adapted_modules, family_of, locate_matrix
 from adalora_fast.experiments.models.packages import MINILM_PACKAGE
 from tests.helpers.deberta import needs_sentencepiece, save_deberta
 from tests.helpers.tiny import LAYERS, changed_encoder, save_encoder

@@ -13,18 +13,20 @@ from transformers import (
 )
 
 from adalora_fast.experiments.data.tasks import TASKS
-from adalora_fast.experiments.methods.adapters import adapt, adapted_modules, load_encoder
+from adalora_fast.experiments.methods.adapters import adapt
 from adalora_fast.experiments.methods.bottleneck import places_of
 from adalora_fast.experiments.models.encoders import load_model
 from adalora_fast.experiments.models.families import (
     FAMILIES,
     _as_built,
+    adapted_modules,
     check_model_type,
     family_of,
     is_of_head,
     locate_matrix,
     position_limit,
 )
+from adalora_fast.experiments.models.loading import load_encoder
 from adalora_fast.experiments.run.trainer import EverythingLearns
 from tests.helpers.tiny import LAYERS, RECIPE, encoder_config, save_encoder
 from tests.helpers.training_runs import settings, train

@@ -11,11 +11,12 @@ from torch import nn
 
 from adalora_fast.analysis.saved import SavedRun, check_comparable
 from adalora_fast.experiments.data.tasks import TASKS
-from adalora_fast.experiments.methods.adapters import adapt, load_encoder, save_adapter
+from adalora_fast.experiments.methods.adapters import adapt, save_adapter
 from adalora_fast.experiments.models.encoders import dequantised, load_model
 from adalora_fast.experiments.models.families import FAMILIES
-from adalora_fast.experiments.run.folder import METHODS, ON_FOUR_BITS, RunSettings
+from adalora_fast.experiments.models.loading import load_encoder
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import METHODS, ON_FOUR_BITS, RunSettings
 from tests.experiments.run.test_resume import interrupt
 from tests.helpers.quantised import needs_bitsandbytes
 from tests.helpers.tiny import RECIPE, changed_encoder, save_encoder, write_sst2

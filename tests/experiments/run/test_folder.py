@@ -8,8 +8,10 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 import pytest
 
 from adalora_fast.experiments.run import folder as runs
-from adalora_fast.experiments.run.folder import RunSettings, alone_in, open_run, read_json
+from adalora_fast.experiments.run.folder import alone_in, open_run
+from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.settings.recipes import Recipe
+from adalora_fast.experiments.settings.settings import RunSettings
 
 SETTINGS = RunSettings(task="sst2", model="tiny")
 OTHER = {

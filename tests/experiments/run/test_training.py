@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adalora_fast.experiments.methods.adapters import adapt, load_encoder
+from adalora_fast.experiments.methods.adapters import adapt
+from adalora_fast.experiments.models.loading import load_encoder
 from adalora_fast.experiments.run import trainer, training
 from tests.helpers.tiny import LAYERS, RECIPE, WIDTH, printed, quiet_console, write_parquet, write_sst2
 from tests.helpers.training_runs import (
@@ -298,8 +299,8 @@ def test_regression_and_two_evaluation_splits(encoder, tmp_path):
 
 
 def test_texts_are_cut_to_the_recipe_length(encoder, data_dir):
+    from adalora_fast.experiments.data.rows import tokenize
     from adalora_fast.experiments.data.tasks import load_split
-    from adalora_fast.experiments.data.workloads import tokenize
 
     _, tokenizer = load_encoder(settings(encoder, data_dir), TASK)
     split = load_split(TASK, "train", data_dir)

@@ -8,8 +8,8 @@ import torch
 from adalora_fast import AdaLoraLinear, RankAllocator
 from adalora_fast.allocator.scores import score_names
 from adalora_fast.experiments.methods.nulls import by_lot, register_nulls, uniform
-from adalora_fast.experiments.run.folder import RunSettings
 from adalora_fast.experiments.settings.arms import OTHER_METHODS, parse_arm
+from adalora_fast.experiments.settings.settings import RunSettings
 
 
 @pytest.mark.parametrize(

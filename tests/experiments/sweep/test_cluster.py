@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from adalora_fast.experiments.run.folder import read_json
+from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.sweep import sweep
-from adalora_fast.experiments.sweep.sweep import make_plan, run_sweep
+from adalora_fast.experiments.sweep.plan import make_plan
+from adalora_fast.experiments.sweep.sweep import run_sweep
 from tests.experiments.sweep.test_sweep import DEFAULTS, GRID
 from tests.helpers.tiny import printed, quiet_console
 

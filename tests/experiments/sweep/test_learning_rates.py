@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adalora_fast.experiments.run.folder import read_json
+from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.sweep.learning_rates import Tuning
 from tests.helpers.planning import TUNING, carry_out
 

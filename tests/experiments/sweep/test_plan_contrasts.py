@@ -4,14 +4,14 @@ import pytest
 
 from adalora_fast.cli import Sweep
 from adalora_fast.experiments.report.collect import read_sweep
-from adalora_fast.experiments.run.folder import read_json
+from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.settings.recipes import RECIPES
+from adalora_fast.experiments.sweep.plan import make_plan
 from adalora_fast.experiments.sweep.plan_contrasts import (
     default_contrasts,
     parse_contrasts,
     read_contrasts,
 )
-from adalora_fast.experiments.sweep.sweep import make_plan
 from tests.helpers.planning import GRID, carry_out
 from tests.helpers.tiny import quiet_console
 

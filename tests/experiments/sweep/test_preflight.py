@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adalora_fast.experiments.data.tasks import TASKS, get_task
-from adalora_fast.experiments.run.folder import METHODS, RunSettings
 from adalora_fast.experiments.settings.recipes import load_recipe
+from adalora_fast.experiments.settings.settings import METHODS, RunSettings
 from adalora_fast.experiments.sweep import preflight
 from adalora_fast.experiments.sweep.preflight import count_trained
 from tests.helpers.planning import DEFAULTS, GRID, carry_out
@@ -131,7 +131,8 @@ def test_what_is_complete_needs_neither_model_nor_room(plan, tmp_path, pretend, 
 
 def test_every_method_is_looked_at_without_its_numbers(encoder, data_dir):
     """On the meta device, as many numbers as the run itself trains."""
-    from adalora_fast.experiments.methods.adapters import adapt, load_encoder, outline_encoder
+    from adalora_fast.experiments.methods.adapters import adapt
+    from adalora_fast.experiments.models.loading import load_encoder, outline_encoder
 
     task = get_task("sst2")
     for method in METHODS:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from adalora_fast.experiments.run.folder import read_json
+from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.settings.recipes import RECIPES
 from adalora_fast.experiments.sweep import sweep
-from adalora_fast.experiments.sweep.sweep import make_plan, write_plan
+from adalora_fast.experiments.sweep.plan import make_plan, write_plan
 from tests.helpers.planning import DEFAULTS, GRID, TUNING, carry_out
 from tests.helpers.tiny import write_sst2
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalora_fast.experiments.models.families import locate_matrix
-from adalora_fast.experiments.run.folder import read_json
+from adalora_fast.experiments.settings.files import read_json
 
 from .style import COLOURS, save, styled
 
