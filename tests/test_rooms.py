@@ -102,3 +102,10 @@ def test_the_front_door_says_the_same_twice():
         alias.name: node.module.removeprefix("adalora_fast.") for node in block.body for alias in node.names
     }
     assert typed == adalora_fast._WHERE and set(typed) == set(adalora_fast.__all__)
+
+
+def test_the_place_of_uneven_data_stays():
+    """docs/distributed.md named it first."""
+    from adalora_fast import JoinableAllocator, uneven
+
+    assert uneven.JoinableAllocator is JoinableAllocator

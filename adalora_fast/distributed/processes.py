@@ -24,7 +24,7 @@ class Processes:
         group: their process group; None stands for all processes. Processes that train models of their own
             need one each (``torch.distributed.new_subgroups(1)[0]``).
         has_data: whether this one still trains, while some may have run out of data
-            (:mod:`adalora_fast.distributed.join`); None where all do.
+            (:class:`adalora_fast.JoinableAllocator`); None where all do.
     """
 
     def __init__(self) -> None:

@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join
 
-from adalora_fast import orthogonality_loss, register_score
+from adalora_fast import JoinableAllocator, orthogonality_loss, register_score
 from adalora_fast.allocator import capture, scores
 from adalora_fast.distributed import processes as distributed
-from adalora_fast.distributed.join import JoinableAllocator
 from tests.distributed.processes import Processes
 from tests.distributed.runs import (
     GAMMA,

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from adalora_fast import fuse, orthogonality_loss
-from adalora_fast.distributed.join import JoinableAllocator
+from adalora_fast import JoinableAllocator, fuse, orthogonality_loss
 from tests.distributed.test_peft_models import CONFIG, full, share, wrapped
 from tests.helpers.models import adapted, trainable
 

@@ -8,8 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from adalora_fast import RankAllocator
-from adalora_fast.distributed.join import JoinableAllocator
+from adalora_fast import JoinableAllocator, RankAllocator
 from tests.allocator.test_steps_without_gradients import SCHEDULE, STEPS, WITHOUT, Seeing, backward
 from tests.distributed.runs import agree
 from tests.helpers.small_model import kept
