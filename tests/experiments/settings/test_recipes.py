@@ -80,12 +80,12 @@ def test_a_recipe_cannot_be_changed():
         Recipe().epochs = 1
 
 
-@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
-def test_the_packaged_recipes_load_for_every_task(name, task):
-    recipe = load_recipe(name, task)
-    assert recipe.init_r > recipe.target_r
-    assert recipe.tinit + recipe.tfinal < (1 if isinstance(recipe.tinit, float) else 100_000)
+def test_the_packaged_recipes_load_for_every_task(name):
+    for task in TASKS:
+        recipe = load_recipe(name, task)
+        assert recipe.init_r > recipe.target_r, task
+        assert recipe.tinit + recipe.tfinal < (1 if isinstance(recipe.tinit, float) else 100_000), task
 
 
 def test_packaged_recipes_name_only_tasks_that_exist():
@@ -119,10 +119,10 @@ def test_the_paper_recipe(task, expected):
 @pytest.mark.parametrize(
     "name", ["epochs", "learning_rate", "batch_size", "max_length", "init_r", "target_r", "scale", "deltaT"]
 )
-@pytest.mark.parametrize("value", [0, -1, float("nan")])
-def test_what_must_be_positive(name, value):
-    with pytest.raises(ValueError, match=f"^{name} is .*must be greater than 0"):
-        Recipe(**{name: value})
+def test_what_must_be_positive(name):
+    for value in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"^{name} is .*must be greater than 0"):
+            Recipe(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["weight_decay", "warmup", "tinit", "tfinal", "orth_reg_weight"])
