@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of preference
+# The order of preference. The CUDA kernel (allocation has one) comes after Triton's until a GPU has timed both:
+# Triton compiles where the user is, `_C_cuda` is built for few architectures.
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 OPS = ("adapter", "importance", "orthogonality", "allocation")
 VARIABLE = "ADALORA_FAST_BACKEND"
 

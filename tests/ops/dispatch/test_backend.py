@@ -109,10 +109,10 @@ def test_a_refusal_falls_through_to_the_next(monkeypatch):
 def test_order_of_preference():
     for name in backend.BACKENDS:
         backend.register("adapter", name, SimpleNamespace(name=name))
-    assert backend.BACKENDS == ("cuda", "triton", "cpu", "reference")
-    assert backend.kernel("adapter", "cuda").name == "cuda"
-    backend.register("adapter", "cuda", SimpleNamespace(name="cuda"), lambda device_type: "too old")
+    assert backend.BACKENDS == ("triton", "cuda", "cpu", "reference")
     assert backend.kernel("adapter", "cuda").name == "triton"
+    backend.register("adapter", "triton", SimpleNamespace(name="triton"), lambda device_type: "too old")
+    assert backend.kernel("adapter", "cuda").name == "cuda"
 
 
 @pytest.mark.parametrize(("op", "name"), [("attention", "cpu"), ("adapter", "tpu"), ("", "")])
