@@ -18,8 +18,8 @@ import torch  # isort: skip
 
 from adalora_fast.environment import write_json
 from adalora_fast.ops.allocation import triton as allocation
+from adalora_fast.ops.importance import SIGNALS, SMOOTHINGS, ScoreRule, layout_of, statistic_names
 from adalora_fast.ops.importance import triton as importance
-from adalora_fast.ops.importance.reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
 from adalora_fast.ops.orthogonality import triton as orthogonality
 
 
@@ -44,9 +44,9 @@ def launch_importance(sample: bool) -> None:
         updates = torch.empty(len(parameters), dtype=torch.int64, device="meta")
         for active in (None, torch.empty((), dtype=torch.bool, device="meta")):
             importance.update_(
-                parameters, parameters, statistics, updates, score, smoothing, 0.85, 0.85, active
+                parameters, parameters, statistics, updates, ScoreRule(score, smoothing, 0.85, 0.85), active
             )
-        importance.triplet_scores(parameters, statistics, score, smoothing)
+        importance.triplet_scores(parameters, statistics, ScoreRule(score, smoothing))
 
 
 def launch_orthogonality(sample: bool) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adalora_fast.ops.importance import SIGNALS, SMOOTHINGS, reference, statistic_names
+from adalora_fast.ops.importance import SIGNALS, SMOOTHINGS, ScoreRule, reference, statistic_names
 
 __all__ = [
     "Score",
@@ -122,14 +122,12 @@ def register_score(
 
 def update_user_statistics_(
     score: Score,
-    smoothing: str,
+    rule: ScoreRule,
     parameters: list[Tensor],
     grads: list[Tensor | None],
     statistics: Tensor,
     updates: Tensor,
     state: dict[str, Tensor],
-    beta1: float,
-    beta2: float,
 ) -> dict[str, Tensor]:
     """What ``importance_update_`` does, for a registered score: plain PyTorch, one call per shape, and a look
     at the finite flag; returns the functions' new state.
@@ -140,11 +138,10 @@ def update_user_statistics_(
         return state
     values, state = taken
     alive = torch.tensor([grad is not None for grad in grads], device=statistics.device)
-    names = statistic_names(score.name, smoothing)
     for group, value in zip(layout.groups, values, strict=True):
-        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
+        rows = {name: group.view(statistics[row]) for row, name in enumerate(rule.statistics)}
         moving = alive[list(group.members)].to(statistics.dtype).view(-1, 1, 1)
-        reference.smooth_(rows, value, smoothing, moving, beta1, beta2)
+        reference.smooth_(rows, value, rule, moving)
     updates.add_(alive)
     return state
 

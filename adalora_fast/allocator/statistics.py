@@ -8,9 +8,9 @@ from torch import Tensor
 from adalora_fast.distributed import shards as sharding
 from adalora_fast.distributed.processes import refuse_emptied
 from adalora_fast.ops import importance_scores, importance_update_
-from adalora_fast.ops.importance import layout_of, reference
+from adalora_fast.ops.importance import ScoreRule, layout_of, reference
 
-from .scores import Score, statistic_names, update_user_statistics_
+from .scores import Score, update_user_statistics_
 
 TRIPLETS = ("full", "lambda")
 
@@ -44,16 +44,13 @@ class Statistics:
         self, score: Score, smoothing: str, beta1: float, beta2: float, triplet: str = "full"
     ) -> None:
         check_triplet(triplet)
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0.0 < beta < 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {beta}")
-        self.score, self.smoothing, self.beta1, self.beta2 = score, smoothing, beta1, beta2
-        self.triplet = triplet
+        self.score, self.triplet = score, triplet
+        self.rule = ScoreRule(score.name, smoothing, beta1, beta2)
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the rows of ``values`` are."""
-        return statistic_names(self.score.name, self.smoothing)
+        return self.rule.statistics
 
     def reset(self, parameters: list[Tensor]) -> None:
         """Forget everything; from now on these parameters count."""
@@ -132,24 +129,16 @@ class Statistics:
         """Take in one optimizer step's gradients; where ``active`` is False on the device, nothing
         changes.
         """
-        names, decays = (self.score.name, self.smoothing), (self.beta1, self.beta2)
         parameters, grads = self.judged(parameters), self.judged(grads)
         shards = self._shards
         if shards is not None:
             parameters, grads = shards.held(parameters), shards.held(grads)
             active = shards.all_of(sharding.finite(parameters, grads, self.score.name, self.dtype))
         if self.score.function is None:
-            importance_update_(parameters, grads, self.values, self.updates, *names, *decays, active)
+            importance_update_(parameters, grads, self.values, self.updates, self.rule, active)
         else:
             self.user_state = update_user_statistics_(
-                self.score,
-                self.smoothing,
-                parameters,
-                grads,
-                self.values,
-                self.updates,
-                self.user_state,
-                *decays,
+                self.score, self.rule, parameters, grads, self.values, self.updates, self.user_state
             )
 
     def scores(self, parameters: list[Tensor]) -> Tensor:
@@ -158,17 +147,15 @@ class Statistics:
         shards = self._shards
         if shards is not None:
             parts = shards.held(parameters)
-            return sharding.triplet_scores(shards, parts, self.values, self.score.name, self.smoothing)
+            return sharding.triplet_scores(shards, parts, self.values, self.rule)
         score = importance_scores if self.score.function is None else reference.triplet_scores
-        return score(parameters, self.values, self.score.name, self.smoothing)
+        return score(parameters, self.values, self.rule)
 
     def terms(self, parameters: list[Tensor]) -> dict[str, Tensor]:
         """The parts of S of every triplet, by kind: λ's own (``lora_E``) and the means over Q (``lora_A``)
         and P (``lora_B``), each [T]. Where factors are sharded, all processes must ask for it.
         """
-        parts = reference.triplet_terms(
-            self.judged(parameters), self.whole(), self.score.name, self.smoothing
-        )
+        parts = reference.triplet_terms(self.judged(parameters), self.whole(), self.rule)
         return dict(zip(reference.KINDS, parts, strict=True))
 
     def enough(self) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adalora_fast.ops.importance import SIGNALS, layout_of, reference
+from adalora_fast.ops.importance import SIGNALS, ScoreRule, layout_of, reference
 
 
 def is_running() -> bool:
@@ -180,15 +180,14 @@ def finite(parts: list[Tensor], grads: list[Tensor | None], score: str, dtype: t
     return reference.signals(layout_of(parts, score), parts, grads, SIGNALS[score], dtype)[1]
 
 
-def triplet_scores(shards: Shards, parts: list[Tensor], statistics: Tensor, score: str, smoothing: str):
+def triplet_scores(shards: Shards, parts: list[Tensor], statistics: Tensor, rule: ScoreRule):
     """S of every triplet [T] from the statistics of all processes; the same in all of them."""
     ranks = [shape[0] for shape in shards.shapes[1::3]]
     starts = [sum(ranks[:k]) for k in range(len(ranks))]
     scores = torch.zeros(sum(ranks), dtype=statistics.dtype, device=statistics.device)
-    names = reference.statistic_names(score, smoothing)
-    for group in layout_of(parts, score).groups:
-        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
-        entries = reference.element_scores(rows, score, smoothing)  # [n, rows held, columns]
+    for group in layout_of(parts, rule.score).groups:
+        rows = {name: group.view(statistics[row]) for row, name in enumerate(rule.statistics)}
+        entries = reference.element_scores(rows, rule)  # [n, rows held, columns]
         sums = entries.sum(1 if group.kind == "lora_B" else 2)  # [n, triplets]
         for i, of_one in zip(group.members, sums.unbind(), strict=True):
             if not shards.sharded[i] and shards.rank > 0:

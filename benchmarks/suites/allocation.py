@@ -14,11 +14,11 @@ from adalora_fast.ops import allocate_, importance_scores, importance_update_, s
 from adalora_fast.ops.allocation import reference as plain_allocation
 from adalora_fast.ops.dispatch import backend
 from adalora_fast.ops.dispatch.timing import input_sets
-from adalora_fast.ops.importance import layout_of, reference, statistic_names
+from adalora_fast.ops.importance import ScoreRule, layout_of, reference
 from benchmarks.adapters import Model, make_parameters, model_for, peft_allocator
 from benchmarks.suites import Case, Contestant, Work
 
-NAMES = ("sensitivity", "ema_uncertainty")
+RULE = ScoreRule()
 MANY = 65_536
 WHOLE = ("peft", "reference", "adalora_fast")
 EAGER = "adalora_fast eager"  # with its host time, as PEFT is timed on a GPU, which waits for results
@@ -82,12 +82,12 @@ class _Model:
 
     @torch.no_grad()
     def _updated(self, update: Callable, parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
-        size = layout_of(parameters, NAMES[0]).size
+        size = layout_of(parameters, RULE.score).size
         device = self.budget.device
-        statistics = torch.zeros(len(statistic_names(*NAMES)), size, device=device, dtype=dtype)
+        statistics = torch.zeros(len(RULE.statistics), size, device=device, dtype=dtype)
         updates = torch.zeros(len(parameters), dtype=torch.int64, device=device)
         grads = [parameter.grad.to(dtype) for parameter in self.parameters]
-        update(parameters, grads, statistics, updates, *NAMES, 0.85, 0.85)
+        update(parameters, grads, statistics, updates, RULE)
         return statistics
 
     def restore(self) -> None:
@@ -101,16 +101,16 @@ class _Model:
         """The mask by scores in float64, from λ as it is now."""
         wide = [parameter.detach().double() for parameter in self.parameters]
         statistics = self._updated(reference.update_, wide, torch.float64)
-        return best(reference.triplet_scores(wide, statistics, *NAMES), self.kept)
+        return best(reference.triplet_scores(wide, statistics, RULE), self.kept)
 
     @torch.no_grad()
     def ours(self) -> Tensor:
-        scores = importance_scores(self.parameters, self.statistics, *NAMES)
+        scores = importance_scores(self.parameters, self.statistics, RULE)
         return allocate_(scores, self.budget, self.lambdas)
 
     @torch.no_grad()
     def plain(self) -> Tensor:
-        scores = reference.triplet_scores(self.parameters, self.statistics, *NAMES)
+        scores = reference.triplet_scores(self.parameters, self.statistics, RULE)
         mask = plain_allocation.select(scores, self.budget)
         plain_allocation.apply_mask_(mask, self.lambdas)
         return mask

@@ -15,7 +15,7 @@ from adalora_fast.allocator.scores import get_score
 from adalora_fast.ops import importance_update_
 from adalora_fast.ops.dispatch import backend
 from adalora_fast.ops.dispatch.timing import input_sets
-from adalora_fast.ops.importance import SIGNALS, layout_of, reference, statistic_names
+from adalora_fast.ops.importance import SIGNALS, ScoreRule, layout_of, reference, statistic_names
 from benchmarks.adapters import Model, make_parameters, model_for, parameter_name, peft_allocator
 from benchmarks.suites import Case, Contestant, Work
 
@@ -66,7 +66,7 @@ class _Updater:
     ):
         device = parameters[0].device
         size = layout_of(parameters, score).size
-        self.update, self.parameters, self.names = update, parameters, (score, smoothing)
+        self.update, self.parameters, self.rule = update, parameters, ScoreRule(score, smoothing, BETA, BETA)
         self.statistics = torch.zeros(
             len(statistic_names(score, smoothing)), size, device=device, dtype=dtype
         )
@@ -74,7 +74,7 @@ class _Updater:
 
     @torch.no_grad()
     def __call__(self, grads: list[Tensor]) -> None:
-        self.update(self.parameters, grads, self.statistics, self.updates, *self.names, BETA, BETA)
+        self.update(self.parameters, grads, self.statistics, self.updates, self.rule)
 
     def rows(self) -> Tensor:
         return self.statistics

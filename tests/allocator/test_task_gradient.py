@@ -8,6 +8,7 @@ from torch import nn
 
 from adalora_fast import orthogonality_loss
 from adalora_fast.ops import importance_scores
+from adalora_fast.ops.importance import ScoreRule
 from tests.helpers.scoring import triplet_scores
 from tests.helpers.small_model import (
     layers_of,
@@ -52,8 +53,7 @@ class Observer:
             got = importance_scores(
                 allocator.parameters(),
                 allocator._statistics.values,
-                allocator.score.name,
-                allocator.smoothing,
+                ScoreRule(allocator.score.name, allocator.smoothing),
             )
         want = triplet_scores(self.histories, allocator.score.name, allocator.smoothing, 0.85, 0.85)
         assert relative_error(got, want) < bound
@@ -336,6 +336,8 @@ def test_float32_keeps_the_small_task_part():
             optimizer.zero_grad()
         with torch.no_grad():
             scores.append(
-                importance_scores(allocator.parameters(), allocator._statistics.values, "fisher", "ema")
+                importance_scores(
+                    allocator.parameters(), allocator._statistics.values, ScoreRule("fisher", "ema")
+                )
             )
     assert relative_error(scores[0], scores[1]) < 1e-3

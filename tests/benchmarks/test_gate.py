@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -94,15 +93,9 @@ def test_the_gates_have_every_gpu_test_and_need_few_packages(tmp_path):
     found = collected(*gate.TESTS, "-m", "gpu", *files, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     for name in ("hypothesis", "tyro", "rich", "matplotlib", "xdist", "pytest_timeout"):
         (tmp_path / f"{name}.py").unlink()
-    every = collected(
-        "-m", "pytest", "-m", "gpu", "-q", "tests/ops", "tests/nn", *map(str, allocator_tests())
-    )
+    every = collected("-m", "pytest", "-m", "gpu", "-q", "tests/ops", "tests/nn", "tests/allocator")
     assert len(found) > 500
     assert every - found == set()
-
-
-def allocator_tests() -> list[Path]:
-    return sorted((gate.ROOT / "tests").glob("test_allocator*.py"))
 
 
 def test_gates_of_other_code_do_not_count(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from adalora_fast.ops import importance_scores, importance_update_
+from adalora_fast.ops.importance import ScoreRule
 from tests.helpers.backends import each_backend
 from tests.helpers.scoring import (
     SCORES,
@@ -54,9 +55,9 @@ def run(
             grad = None if (step, number) in missing else (spread * noise.flip(0) + 0.3).to(dtype)
             grads.append(grad)
             history.append((parameter.clone(), grad))
-        importance_update_(parameters, grads, statistics, updates, score, smoothing, *betas)
+        importance_update_(parameters, grads, statistics, updates, ScoreRule(score, smoothing, *betas))
         if step + 1 in at:
-            got = importance_scores(parameters, statistics, score, smoothing)
+            got = importance_scores(parameters, statistics, ScoreRule(score, smoothing))
             assert got.dtype == statistics.dtype
             found.append((got, triplet_scores(histories, score, smoothing, *betas)))
     for number, history in enumerate(histories):
@@ -98,9 +99,9 @@ def test_missing_gradients_leave_a_parameter_behind():
 def test_a_step_without_any_gradient_changes_nothing(score):
     parameters = make_parameters()
     statistics, updates = make_buffers(parameters, score, "ema")
-    importance_update_(parameters, parameters, statistics, updates, score, "ema")
+    importance_update_(parameters, parameters, statistics, updates, ScoreRule(score, "ema"))
     before = statistics.clone(), updates.clone()
-    importance_update_(parameters, [None] * len(parameters), statistics, updates, score, "ema")
+    importance_update_(parameters, [None] * len(parameters), statistics, updates, ScoreRule(score, "ema"))
     assert torch.equal(statistics, before[0]) and torch.equal(updates, before[1])
 
 
@@ -113,7 +114,7 @@ def test_a_step_that_is_not_active_changes_nothing(score):
             active = None if mark is None else torch.tensor(mark)
             grads = [p * (9.0 if mark is False else 1.0) for p in parameters]
             importance_update_(
-                parameters, grads, statistics, updates, score, "ema_uncertainty", active=active
+                parameters, grads, statistics, updates, ScoreRule(score, "ema_uncertainty"), active=active
             )
         ends.append((statistics, updates))
     assert torch.equal(ends[0][0], ends[1][0]) and (ends[1][1] == 2).all()
@@ -139,16 +140,16 @@ def test_drawn_models(shapes, score, smoothing, steps, gaps):
 def test_a_model_of_rank_zero_layers_only(score):
     parameters = make_parameters(((5, 0, 4), (3, 0, 3)))
     statistics, updates = make_buffers(parameters, score, "ema")
-    importance_update_(parameters, parameters, statistics, updates, score, "ema")
-    assert importance_scores(parameters, statistics, score, "ema").shape == (0,)
+    importance_update_(parameters, parameters, statistics, updates, ScoreRule(score, "ema"))
+    assert importance_scores(parameters, statistics, ScoreRule(score, "ema")).shape == (0,)
 
 
 def test_magnitude_reads_lambda_only():
     parameters = make_parameters()
     statistics, updates = make_buffers(parameters, "magnitude", "none")
     assert statistics.numel() == sum(E.numel() for E in parameters[1::3])
-    importance_update_(parameters, parameters, statistics, updates, "magnitude", "none")
-    scores = importance_scores(parameters, statistics, "magnitude", "none")
+    importance_update_(parameters, parameters, statistics, updates, ScoreRule("magnitude", "none"))
+    scores = importance_scores(parameters, statistics, ScoreRule("magnitude", "none"))
     assert torch.equal(scores, torch.cat(parameters[1::3]).abs().squeeze(1))
 
 
@@ -156,18 +157,26 @@ def test_triplet_score_is_lambda_plus_two_means():
     A, E, B = (torch.tensor(v, dtype=torch.float64) for v in ([[1.0, 2.0, 6.0]], [[5.0]], [[1.0], [3.0]]))
     statistics, updates = make_buffers([A, E, B], "sensitivity", "none")
     importance_update_(
-        [A, E, B], [torch.ones_like(t) for t in (A, E, B)], statistics, updates, "sensitivity", "none"
+        [A, E, B],
+        [torch.ones_like(t) for t in (A, E, B)],
+        statistics,
+        updates,
+        ScoreRule("sensitivity", "none"),
     )
-    assert importance_scores([A, E, B], statistics, "sensitivity", "none").item() == 5.0 + 3.0 + 2.0
+    assert (
+        importance_scores([A, E, B], statistics, ScoreRule("sensitivity", "none")).item() == 5.0 + 3.0 + 2.0
+    )
 
 
 def test_uncertainty_uses_the_average_already_updated():
     A, E, B = torch.zeros(1, 1).double(), torch.ones(1, 1).double(), torch.zeros(1, 1).double()
     statistics, updates = make_buffers([A, E, B], "sensitivity", "ema_uncertainty")
     grads = [torch.zeros(1, 1).double(), torch.full((1, 1), 2.0).double(), torch.zeros(1, 1).double()]
-    importance_update_([A, E, B], grads, statistics, updates, "sensitivity", "ema_uncertainty", 0.5, 0.75)
+    importance_update_(
+        [A, E, B], grads, statistics, updates, ScoreRule("sensitivity", "ema_uncertainty", 0.5, 0.75)
+    )
     ema = 0.5 * 2.0
-    got = importance_scores([A, E, B], statistics, "sensitivity", "ema_uncertainty").item()
+    got = importance_scores([A, E, B], statistics, ScoreRule("sensitivity", "ema_uncertainty")).item()
     assert got == ema * (0.25 * abs(2.0 - ema))
 
 
@@ -181,8 +190,8 @@ def test_gsnr_of_gradients_with_a_large_mean_keeps_its_variance():
         grads = [100 + torch.randn(p.shape, generator=generator) for p in parameters]
         for history, parameter, grad in zip(histories, parameters, grads, strict=True):
             history.append((parameter.clone(), grad))
-        importance_update_(parameters, grads, statistics, updates, "gsnr", "none")
-    got = importance_scores(parameters, statistics, "gsnr", "none")
+        importance_update_(parameters, grads, statistics, updates, ScoreRule("gsnr", "none"))
+    got = importance_scores(parameters, statistics, ScoreRule("gsnr", "none"))
     assert_accurate(got, triplet_scores(histories, "gsnr", "none", 0.85, 0.85), torch.float32, factor=100)
 
 
@@ -193,12 +202,12 @@ def test_gsnr_after_the_first_update_has_no_variance(beta1, dtype):
     parameters = make_parameters(((4, 2, 4),), dtype)
     statistics, updates = make_buffers(parameters, "gsnr", "none", dtype)
     grads = [p.flip(0).clone() for p in parameters]
-    importance_update_(parameters, grads, statistics, updates, "gsnr", "none", beta1)
-    scores = importance_scores(parameters, statistics, "gsnr", "none")
+    importance_update_(parameters, grads, statistics, updates, ScoreRule("gsnr", "none", beta1))
+    scores = importance_scores(parameters, statistics, ScoreRule("gsnr", "none"))
     assert torch.allclose(scores, torch.full_like(scores, 3e6), rtol=1e-3), scores
     assert (statistics[1] >= 0).all(), "a variance cannot be negative"
     for _ in range(4):
-        importance_update_(parameters, grads, statistics, updates, "gsnr", "none", beta1)
+        importance_update_(parameters, grads, statistics, updates, ScoreRule("gsnr", "none", beta1))
         assert (statistics[1] >= 0).all()
 
 
@@ -208,8 +217,8 @@ def test_gsnr_of_a_constant_gradient_is_bounded_and_of_none_zero():
         statistics, updates = make_buffers(parameters, "gsnr", "none", torch.float32)
         for _ in range(5):
             grads = [torch.full_like(p, value) for p in parameters]
-            importance_update_(parameters, grads, statistics, updates, "gsnr", "none")
-        scores = importance_scores(parameters, statistics, "gsnr", "none")
+            importance_update_(parameters, grads, statistics, updates, ScoreRule("gsnr", "none"))
+        scores = importance_scores(parameters, statistics, ScoreRule("gsnr", "none"))
         assert scores.isfinite().all()
         if expected is not None:
             assert torch.allclose(scores, torch.full_like(scores, expected), rtol=1e-4)
@@ -221,9 +230,9 @@ def test_inputs_are_left_alone():
         grads = [p.flip(0) * 2 for p in parameters]
         before = [t.clone() for t in parameters + grads]
         statistics, updates = make_buffers(parameters, score, "ema_uncertainty")
-        importance_update_(parameters, grads, statistics, updates, score, "ema_uncertainty")
+        importance_update_(parameters, grads, statistics, updates, ScoreRule(score, "ema_uncertainty"))
         kept = statistics.clone()
-        importance_scores(parameters, statistics, score, "ema_uncertainty")
+        importance_scores(parameters, statistics, ScoreRule(score, "ema_uncertainty"))
         assert all(torch.equal(a, b) for a, b in zip(before, parameters + grads, strict=True))
         assert torch.equal(kept, statistics)
 
@@ -232,7 +241,7 @@ def test_parameters_that_require_gradients_are_taken():
     parameters = [p.requires_grad_() for p in make_parameters()]
     statistics, updates = make_buffers(parameters, "sensitivity", "ema")
     importance_update_(
-        parameters, [p.detach() for p in parameters], statistics, updates, "sensitivity", "ema"
+        parameters, [p.detach() for p in parameters], statistics, updates, ScoreRule("sensitivity", "ema")
     )
     assert not statistics.requires_grad
 
@@ -257,14 +266,11 @@ def test_strided_parameters_and_gradients(layout):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"score": "entropy"}, "entropy"),
-        ({"smoothing": "median"}, "median"),
+        ({"rule": ScoreRule("entropy")}, "entropy"),
         ({"statistics": torch.zeros(2, 5)}, "statistics"),
         ({"statistics": torch.zeros(1, 83)}, "statistics"),
         ({"updates": torch.zeros(4, dtype=torch.int64)}, "updates"),
         ({"grads": [None]}, "grads"),
-        ({"beta1": 1.5}, "beta1"),
-        ({"beta2": -0.1}, "beta2"),
         ({"active": torch.tensor([True])}, "active is torch.bool"),
         ({"active": torch.tensor(1)}, "active is torch.int64"),
     ],
@@ -277,3 +283,17 @@ def test_bad_arguments(changes, said):
     with pytest.raises((ValueError, TypeError), match=said) as error:
         importance_update_(**{**arguments, **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"smoothing": "median"}, "smoothing 'median' is not one of"),
+        ({"beta1": 1.0}, "beta1 must be between 0 and 1, got 1.0"),
+        ({"beta2": 0.0}, "beta2 must be between 0 and 1, got 0.0"),
+        ({"beta1": float("nan")}, "beta1 must be between 0 and 1, got nan"),
+    ],
+)
+def test_rules_that_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        ScoreRule(**changes)

@@ -5,7 +5,7 @@ import torch
 
 from adalora_fast.ops.dispatch import tables
 from adalora_fast.ops.dispatch.launch import observed
-from adalora_fast.ops.importance import reference
+from adalora_fast.ops.importance import ScoreRule, reference
 from tests.helpers.kernels import DEVICE, ON_DEVICE, counted, needs_triton, poisoned
 from tests.helpers.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters, triplet_scores
 from tests.helpers.tolerances import assert_accurate
@@ -59,8 +59,8 @@ def run(score, smoothing, steps=3, dtype=torch.float32, grad_dtype=None, missing
             histories[number].append(
                 [t if t is None else t.cpu().clone() for t in (parameters[number], grad)]
             )
-        kernels.update_(parameters, grads, statistics, updates, score, smoothing, *BETAS)
-    return kernels.triplet_scores(parameters, statistics, score, smoothing), histories, updates
+        kernels.update_(parameters, grads, statistics, updates, ScoreRule(score, smoothing, *BETAS))
+    return kernels.triplet_scores(parameters, statistics, ScoreRule(score, smoothing)), histories, updates
 
 
 @pytest.mark.parametrize("smoothing", SMOOTHINGS)
@@ -88,9 +88,9 @@ def test_mixed_types_in_one_model():
     parameters = [p.to(dtype) for p, dtype in zip(parameters, types, strict=True)]
     grads = [g.to(dtype) for g, dtype in zip(draw(parameters, 1), types[1:] + types[:1], strict=True)]
     statistics, updates = buffers(parameters, "sensitivity", "none")
-    kernels.update_(parameters, grads, statistics, updates, "sensitivity", "none", *BETAS)
+    kernels.update_(parameters, grads, statistics, updates, ScoreRule("sensitivity", "none", *BETAS))
     history = [[(p.cpu(), g.cpu())] for p, g in zip(parameters, grads, strict=True)]
-    got = kernels.triplet_scores(parameters, statistics, "sensitivity", "none").cpu()
+    got = kernels.triplet_scores(parameters, statistics, ScoreRule("sensitivity", "none")).cpu()
     assert_accurate(got, triplet_scores(history, "sensitivity", "none", *BETAS), torch.float32)
 
 
@@ -104,7 +104,11 @@ def test_shares_of_gsnr_over_many_counts(beta1):
         for start in (0, 6, 1000, 2**20):
             updates.fill_(start)
             functions.update_(
-                parameters, draw(parameters, start), statistics, updates, "gsnr", "none", beta1, 0.5
+                parameters,
+                draw(parameters, start),
+                statistics,
+                updates,
+                ScoreRule("gsnr", "none", beta1, 0.5),
             )
             assert (updates == start + 1).all()
         results.append(statistics)
@@ -115,14 +119,14 @@ def test_shares_of_gsnr_over_many_counts(beta1):
 def test_one_bad_entry_anywhere_changes_nothing(score):
     parameters = make(((5, 2, 3), (40, 2, 2)))  # the last entries lie in a second chunk
     statistics, updates = buffers(parameters, score, "ema")
-    kernels.update_(parameters, draw(parameters, 0), statistics, updates, score, "ema", *BETAS)
+    kernels.update_(parameters, draw(parameters, 0), statistics, updates, ScoreRule(score, "ema", *BETAS))
     before = statistics.view(torch.int32).clone(), updates.clone()
     places = [1, 4, 4] if score == "magnitude" else [0, 3, 5]
     for place, value in zip(places, (float("inf"), float("-inf"), float("nan")), strict=True):
         grads = draw(parameters, 1)
         grads[place].view(-1)[-1] = value
         with poisoned():
-            kernels.update_(parameters, grads, statistics, updates, score, "ema", *BETAS)
+            kernels.update_(parameters, grads, statistics, updates, ScoreRule(score, "ema", *BETAS))
         assert torch.equal(statistics.view(torch.int32), before[0]), "an overflow changed a statistic"
         assert torch.equal(updates, before[1]), "an overflow was counted as an update"
 
@@ -135,7 +139,7 @@ def test_a_step_that_is_not_active_changes_nothing(score):
         before = statistics.clone(), updates.clone()
         grads, mark = draw(parameters, number), torch.tensor(active, device=DEVICE)
         with poisoned():
-            kernels.update_(parameters, grads, statistics, updates, score, "ema", *BETAS, mark)
+            kernels.update_(parameters, grads, statistics, updates, ScoreRule(score, "ema", *BETAS), mark)
         assert torch.equal(updates, before[1] + active)
         assert torch.equal(statistics, before[0]) != active
 
@@ -159,7 +163,7 @@ def test_the_room_above_a_signal_is_the_references(score, weight, gradient):
             grads[1] = None
         else:
             grads[1][1, 0] = gradient
-        functions.update_(parameters, grads, statistics, updates, score, "ema", *BETAS)
+        functions.update_(parameters, grads, statistics, updates, ScoreRule(score, "ema", *BETAS))
         taken.append(updates.tolist())
     assert taken[0] == taken[1]
 
@@ -169,18 +173,26 @@ def test_a_missing_gradient_leaves_its_statistics_bitwise():
         parameters = make(((5, 3, 7), (5, 3, 7)))
         statistics, updates = buffers(parameters, score, "ema_uncertainty")
         kernels.update_(
-            parameters, draw(parameters, 0), statistics, updates, score, "ema_uncertainty", *BETAS
+            parameters, draw(parameters, 0), statistics, updates, ScoreRule(score, "ema_uncertainty", *BETAS)
         )
-        before = kernels.triplet_scores(parameters, statistics, score, "ema_uncertainty")
+        before = kernels.triplet_scores(parameters, statistics, ScoreRule(score, "ema_uncertainty"))
         grads = [None] * 3 + draw(parameters, 1)[3:]
         kernels.update_(
-            [p * 2 for p in parameters], grads, statistics, updates, score, "ema_uncertainty", *BETAS
+            [p * 2 for p in parameters],
+            grads,
+            statistics,
+            updates,
+            ScoreRule(score, "ema_uncertainty", *BETAS),
         )
-        after = kernels.triplet_scores(parameters, statistics, score, "ema_uncertainty")
+        after = kernels.triplet_scores(parameters, statistics, ScoreRule(score, "ema_uncertainty"))
         assert torch.equal(before[:3], after[:3]) and not torch.equal(before[3:], after[3:])
         assert updates.tolist() == [1] * 3 + [2] * 3
-        kernels.update_(parameters, [None] * 6, statistics, updates, score, "ema_uncertainty", *BETAS)
-        assert torch.equal(after, kernels.triplet_scores(parameters, statistics, score, "ema_uncertainty"))
+        kernels.update_(
+            parameters, [None] * 6, statistics, updates, ScoreRule(score, "ema_uncertainty", *BETAS)
+        )
+        assert torch.equal(
+            after, kernels.triplet_scores(parameters, statistics, ScoreRule(score, "ema_uncertainty"))
+        )
         assert updates.tolist() == [1] * 3 + [2] * 3
 
 
@@ -194,7 +206,7 @@ def test_strided_parameters_and_gradients(restride):
         parameters = [change(p) for p in make()]
         statistics, updates = buffers(parameters, "sensitivity", "ema")
         grads = [change(p * 2) for p in parameters]
-        kernels.update_(parameters, grads, statistics, updates, "sensitivity", "ema", *BETAS)
+        kernels.update_(parameters, grads, statistics, updates, ScoreRule("sensitivity", "ema", *BETAS))
         results.append(statistics)
     assert torch.equal(*results)
 
@@ -206,7 +218,7 @@ def test_tables_follow_the_addresses_and_nothing_else():
     grads = draw(parameters, 0)
 
     def check(grads):
-        kernels.update_(parameters, grads, statistics, updates, "fisher", "none", *BETAS)
+        kernels.update_(parameters, grads, statistics, updates, ScoreRule("fisher", "none", *BETAS))
         views = {i: group.view(statistics[0]) for group in reference.layout_of(parameters, "fisher").groups
                  for i in group.members}  # fmt: skip
         assert all(torch.equal(views[i][0], grad.square()) for i, grad in enumerate(grads))
@@ -230,7 +242,7 @@ def test_alignment_changes_nothing(aligned):
     seen = []
     statistics, updates = buffers(parameters, "fisher", "none")
     with observed(lambda kernel, grid, arguments, meta: seen.append(meta["ALIGNED"])):
-        kernels.update_(parameters, parameters, statistics, updates, "fisher", "none", *BETAS)
+        kernels.update_(parameters, parameters, statistics, updates, ScoreRule("fisher", "none", *BETAS))
     assert seen == [aligned] * 2
 
 
@@ -238,7 +250,7 @@ def test_float64_goes_to_the_reference_and_says_so():
     tables.say_once.cache_clear()
     parameters = make_parameters(SHAPES)
     statistics, updates = make_buffers(parameters, "fisher", "ema")
-    arguments = updates, "fisher", "ema", *BETAS
+    arguments = updates, ScoreRule("fisher", "ema", *BETAS)
     with counted() as names:
         with pytest.warns(
             UserWarning, match=r"importance runs in plain PyTorch.*statistics are torch.float64"
@@ -252,8 +264,8 @@ def test_float64_goes_to_the_reference_and_says_so():
 def test_ranks_of_zero_only():
     parameters = make(((5, 0, 4), (3, 0, 3)))
     statistics, updates = buffers(parameters, "fisher", "ema")
-    kernels.update_(parameters, parameters, statistics, updates, "fisher", "ema", *BETAS)
-    assert kernels.triplet_scores(parameters, statistics, "fisher", "ema").shape == (0,)
+    kernels.update_(parameters, parameters, statistics, updates, ScoreRule("fisher", "ema", *BETAS))
+    assert kernels.triplet_scores(parameters, statistics, ScoreRule("fisher", "ema")).shape == (0,)
     assert (updates == 1).all()
 
 
@@ -262,15 +274,15 @@ def test_many_layers_are_still_two_launches_and_one(monkeypatch):
     parameters = make(((3, 2, 2),) * 20)
     statistics, updates = buffers(parameters, "sensitivity", "none")
     with poisoned(), counted() as names:
-        kernels.update_(parameters, parameters, statistics, updates, "sensitivity", "none", *BETAS)
-        got = kernels.triplet_scores(parameters, statistics, "sensitivity", "none")
+        kernels.update_(parameters, parameters, statistics, updates, ScoreRule("sensitivity", "none", *BETAS))
+        got = kernels.triplet_scores(parameters, statistics, ScoreRule("sensitivity", "none"))
     assert names == ["flag_kernel", "update_kernel", "triplet_kernel"]
     history = [[(p.cpu(), p.cpu())] for p in parameters]
     assert_accurate(got.cpu(), triplet_scores(history, "sensitivity", "none", *BETAS), torch.float32)
     before = statistics.clone()
     bad = [p.clone() for p in parameters]
     bad[-1][-1, -1] = float("nan")
-    kernels.update_(bad, bad, statistics, updates, "sensitivity", "none", *BETAS)
+    kernels.update_(bad, bad, statistics, updates, ScoreRule("sensitivity", "none", *BETAS))
     assert torch.equal(before, statistics) and (updates == 1).all()
 
 
@@ -283,7 +295,7 @@ def test_a_name_without_a_formula_does_not_compile(score, smoothing, monkeypatch
     parameters = make(((5, 2, 3),))
     statistics, updates = buffers(parameters, score, smoothing)
     with pytest.raises(Exception, match="has no formula here"):
-        kernels.update_(parameters, parameters, statistics, updates, score, smoothing, *BETAS)
+        kernels.update_(parameters, parameters, statistics, updates, ScoreRule(score, smoothing, *BETAS))
     assert (statistics == 0).all() and (updates == 0).all()
 
 
@@ -292,4 +304,4 @@ def test_a_smoothing_without_a_formula_is_not_scored(monkeypatch):
     parameters = make(((5, 2, 3),))
     statistics, _ = buffers(parameters, "fisher", "median")
     with pytest.raises(Exception, match="this smoothing has no formula here"):
-        kernels.triplet_scores(parameters, statistics, "fisher", "median")
+        kernels.triplet_scores(parameters, statistics, ScoreRule("fisher", "median"))

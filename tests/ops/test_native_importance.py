@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adalora_fast.ops import importance_scores, importance_update_
-from adalora_fast.ops.importance import native, reference
+from adalora_fast.ops.importance import ScoreRule, native, reference
 from tests.helpers.backends import each_backend
 from tests.helpers.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
 from tests.helpers.tolerances import RelativeRule, assert_accurate
@@ -30,8 +30,8 @@ def run(functions, steps, score, smoothing, dtype, betas=(0.85, 0.7)):
     for number, (parameters, grads) in enumerate(steps):
         if number == 0:
             statistics, updates = make_buffers(parameters, score, smoothing, dtype)
-        functions.update_(parameters, grads, statistics, updates, score, smoothing, *betas)
-    return functions.triplet_scores(parameters, statistics, score, smoothing), statistics, updates
+        functions.update_(parameters, grads, statistics, updates, ScoreRule(score, smoothing, *betas))
+    return functions.triplet_scores(parameters, statistics, ScoreRule(score, smoothing)), statistics, updates
 
 
 def widened(steps):
@@ -58,7 +58,7 @@ def is_as_accurate(score, smoothing, dtype):
         ours = run(native, steps, score, smoothing, statistics_dtype)
         assert torch.equal(ours[2], truth[2])
         rule.add("scores", ours[0], plain[0], truth[0])
-        for row, name in enumerate(reference.statistic_names(score, smoothing)):
+        for row, name in enumerate(ScoreRule(score, smoothing).statistics):
             rule.add(name, ours[1][row], plain[1][row], truth[1][row])
     rule.check()
 
@@ -95,7 +95,7 @@ def test_every_finite_half_is_read_exactly(dtype):
     for given, stride in ((model, 1), ([t.repeat_interleave(2, 0)[::2] for t in model], 2)):
         assert given[1].stride(0) == stride
         statistics, updates = make_buffers(given, "magnitude", "none", torch.float32)
-        native.update_(given, model, statistics, updates, "magnitude", "none", 0.5, 0.5)
+        native.update_(given, model, statistics, updates, ScoreRule("magnitude", "none", 0.5, 0.5))
         assert torch.equal(statistics[0], values.float().abs())
 
 
@@ -107,7 +107,7 @@ def test_a_bad_gradient_is_seen_wherever_it_is(dtype):
         for value in (float("inf"), float("-inf"), float("nan")):
             grads = [torch.ones_like(p) for p in parameters]
             grads[0].view(-1)[place] = value
-            native.update_(parameters, grads, statistics, updates, "fisher", "ema", 0.9, 0.9)
+            native.update_(parameters, grads, statistics, updates, ScoreRule("fisher", "ema", 0.9, 0.9))
             assert (statistics == 0).all() and (updates == 0).all(), (place, value)
 
 
@@ -130,7 +130,7 @@ def has_the_room_of_the_reference(score, value, missing):
         else:
             grads[1][1], parameters[1][1] = value, 1.0
         statistics, updates = make_buffers(parameters, score, "none", torch.float32)
-        functions.update_(parameters, grads, statistics, updates, score, "none", 0.9, 0.9)
+        functions.update_(parameters, grads, statistics, updates, ScoreRule(score, "none", 0.9, 0.9))
         outcomes.append(updates.tolist())
     assert outcomes[0] == outcomes[1], (value, missing)
 
@@ -156,8 +156,10 @@ def test_statistics_whose_rows_lie_apart():
     statistics, updates = wide[:, :-3], torch.zeros_like(whole[2])
     statistics.zero_()
     for parameters, grads in steps:
-        native.update_(parameters, grads, statistics, updates, "fisher", "ema_uncertainty", 0.85, 0.7)
-    scores = native.triplet_scores(parameters, statistics, "fisher", "ema_uncertainty")
+        native.update_(
+            parameters, grads, statistics, updates, ScoreRule("fisher", "ema_uncertainty", 0.85, 0.7)
+        )
+    scores = native.triplet_scores(parameters, statistics, ScoreRule("fisher", "ema_uncertainty"))
     assert torch.equal(scores, whole[0]) and (wide[:, -3:] == 7).all()
 
 
@@ -165,13 +167,13 @@ def test_writing_is_visible_to_autograd():
     parameters = make_parameters()
     statistics, updates = make_buffers(parameters, "fisher", "ema")
     version = statistics._version
-    importance_update_(parameters, parameters, statistics, updates, "fisher", "ema")
+    importance_update_(parameters, parameters, statistics, updates, ScoreRule("fisher", "ema"))
     assert statistics._version > version
     with torch.inference_mode():
         parameters = make_parameters()
         statistics, updates = make_buffers(parameters, "fisher", "ema")
-        importance_update_(parameters, parameters, statistics, updates, "fisher", "ema")
-        assert (importance_scores(parameters, statistics, "fisher", "ema") > 0).all()
+        importance_update_(parameters, parameters, statistics, updates, ScoreRule("fisher", "ema"))
+        assert (importance_scores(parameters, statistics, ScoreRule("fisher", "ema")) > 0).all()
 
 
 def bad_parameter(parameters, grads, statistics, updates):
@@ -200,5 +202,5 @@ def test_bad_input_says_so_and_changes_nothing(change, said):
     statistics, updates = make_buffers(parameters, "fisher", "ema")
     arguments = change(parameters, grads, statistics, updates)
     with pytest.raises(RuntimeError, match=said):
-        importance_update_(*arguments, "fisher", "ema")
+        importance_update_(*arguments, ScoreRule("fisher", "ema"))
     assert (arguments[2] == 0).all() and (updates == 0).all()

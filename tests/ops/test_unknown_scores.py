@@ -12,7 +12,7 @@ from adalora_fast import AdaLoraLinear, RankAllocator
 from adalora_fast.allocator import scores
 from adalora_fast.ops import importance, importance_scores, importance_update_
 from adalora_fast.ops.dispatch import backend
-from adalora_fast.ops.importance import not_computed, reference
+from adalora_fast.ops.importance import ScoreRule, not_computed, reference
 from tests.helpers.backends import each_backend
 from tests.helpers.scoring import make_buffers, make_parameters
 from tests.helpers.tolerances import assert_accurate
@@ -45,11 +45,11 @@ def largest(monkeypatch):
     """A smoothing of its own: the largest signal so far."""
     smooth_ = reference.smooth_
 
-    def with_largest_(rows, value, smoothing, alive, beta1, beta2):
-        if smoothing == "largest":
+    def with_largest_(rows, value, rule, alive):
+        if rule.smoothing == "largest":
             torch.where(alive > 0, rows["largest"].maximum(value), rows["largest"], out=rows["largest"])
         else:
-            smooth_(rows, value, smoothing, alive, beta1, beta2)
+            smooth_(rows, value, rule, alive)
 
     monkeypatch.setitem(reference.SMOOTHINGS, "largest", ("largest",))
     monkeypatch.setattr(reference, "smooth_", with_largest_)
@@ -65,9 +65,9 @@ def run(score, smoothing, steps=3):
         grads = [torch.full_like(p, 0.5 + step) + p for p in parameters]
         for history, parameter, grad in zip(histories, parameters, grads, strict=True):
             history.append((parameter.double(), grad.double()))
-        importance_update_(parameters, grads, statistics, updates, score, smoothing, *BETAS)
+        importance_update_(parameters, grads, statistics, updates, ScoreRule(score, smoothing, *BETAS))
     assert (updates == steps).all()
-    return importance_scores(parameters, statistics, score, smoothing), histories
+    return importance_scores(parameters, statistics, ScoreRule(score, smoothing)), histories
 
 
 def triplets(elements):
@@ -132,7 +132,7 @@ def test_a_smoothing_without_a_branch_ends_the_step(backend_in_use, monkeypatch)
         run("movement", "median", steps=1)
     monkeypatch.setitem(reference.SMOOTHINGS, "median", ("ema", "spread"))
     with pytest.raises(NotImplementedError, match="smoothing 'median' keeps"):
-        reference.element_scores({}, "movement", "median")
+        reference.element_scores({}, ScoreRule("movement", "median"))
 
 
 def test_a_whole_run_with_an_unknown_score(backend_in_use, cubic, monkeypatch):

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-# The order of preference. The CUDA kernel (allocation has one) comes after Triton's until a GPU has timed both:
-# Triton compiles where the user is, `_C_cuda` is built for few architectures.
+# In order of preference. CUDA's allocation kernel comes after Triton's until a GPU has timed both.
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 OPS = ("adapter", "importance", "orthogonality", "allocation")
 VARIABLE = "ADALORA_FAST_BACKEND"

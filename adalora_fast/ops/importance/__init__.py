@@ -13,11 +13,13 @@ from adalora_fast.ops.dispatch.library import NO_CUDA_GRAPH, define
 from adalora_fast.ops.dispatch.native import cpu_refusal
 
 from . import native, reference
-from .reference import SIGNALS, SMOOTHINGS, layout_of, statistic_names
+from .reference import SIGNALS, layout_of
+from .rule import SMOOTHINGS, ScoreRule, statistic_names
 
 __all__ = [
     "SIGNALS",
     "SMOOTHINGS",
+    "ScoreRule",
     "importance_scores",
     "importance_update_",
     "layout_of",
@@ -67,8 +69,9 @@ def not_computed(device_type: str) -> list[str]:
 )
 def _update(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active=None):
     functions = _functions(statistics.device, score, smoothing)
+    rule = ScoreRule(score, smoothing, beta1, beta2)
     with torch.no_grad():
-        functions.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active)
+        functions.update_(parameters, grads, statistics, updates, rule, active)
 
 
 @define(
@@ -80,19 +83,18 @@ def _update(parameters, grads, statistics, updates, score, smoothing, beta1, bet
 )
 def _scores(parameters, statistics, score, smoothing):
     functions = _functions(statistics.device, score, smoothing)
-    return functions.triplet_scores(parameters, statistics, score, smoothing)
+    return functions.triplet_scores(parameters, statistics, ScoreRule(score, smoothing))
 
 
-def _check(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> None:
+def _check(parameters: list[Tensor], statistics: Tensor, rule: ScoreRule) -> None:
+    score, smoothing = rule.score, rule.smoothing
     if score not in SIGNALS:
         raise ValueError(f"score {score!r} is not one of {tuple(SIGNALS)}")
-    if smoothing not in SMOOTHINGS:
-        raise ValueError(f"smoothing {smoothing!r} is not one of {tuple(SMOOTHINGS)}")
     if not parameters or len(parameters) % 3:
         raise ValueError(
             f"parameters must be lora_A, lora_E, lora_B of every matrix, got {len(parameters)} tensors"
         )
-    shape = (len(statistic_names(score, smoothing)), layout_of(parameters, score).size)
+    shape = (len(rule.statistics), layout_of(parameters, score).size)
     if statistics.shape != shape:
         raise ValueError(f"statistics is {tuple(statistics.shape)}, {score} with {smoothing} needs {shape}")
 
@@ -102,10 +104,7 @@ def importance_update_(
     grads: list[Tensor | None],
     statistics: Tensor,
     updates: Tensor,
-    score: str = "sensitivity",
-    smoothing: str = "ema_uncertainty",
-    beta1: float = 0.85,
-    beta2: float = 0.85,
+    rule: ScoreRule = ScoreRule(),  # noqa: B008 - frozen
     active: Tensor | None = None,
 ) -> None:
     """Update the importance statistics with one optimizer step's gradients, in place, without a host
@@ -119,18 +118,15 @@ def importance_update_(
     Args:
         parameters: A_0 [r, in], E_0 [r, 1], B_0 [out, r], A_1, ... of every matrix.
         grads: their gradients, in the same order, or None.
-        statistics: [len(statistic_names(score, smoothing)), layout_of(parameters, score).size], float32 or
-            float64.
+        statistics: [len(rule.statistics), layout_of(parameters, rule.score).size], float32 or float64.
         updates: [len(parameters)] int64, the number of updates each parameter has had.
-        score: one of ``SIGNALS``.
-        smoothing: one of ``SMOOTHINGS``.
-        beta1, beta2: decay of Ī (and of gsnr's moments) and of Ū, in [0, 1).
+        rule: score, smoothing and decays.
         active: bool scalar on the same device; False changes nothing. None is True.
 
     Raises:
-        ValueError: an unknown name, or buffers whose shapes do not fit the parameters.
+        ValueError: an unknown score, or buffers whose shapes do not fit the parameters.
     """
-    _check(parameters, statistics, score, smoothing)
+    _check(parameters, statistics, rule)
     if len(grads) != len(parameters):
         raise ValueError(
             f"grads has {len(grads)} entries for {len(parameters)} parameters; None for a missing one"
@@ -138,33 +134,29 @@ def importance_update_(
     if updates.shape != (len(parameters),) or updates.dtype != torch.int64:
         given = f"{updates.dtype} {tuple(updates.shape)}"
         raise ValueError(f"updates is {given}, it must be int64 ({len(parameters)},), one per parameter")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} must be in [0, 1), got {beta}")
     if active is not None and (
         active.dtype != torch.bool or active.dim() or active.device != statistics.device
     ):
         given = f"{active.dtype} {tuple(active.shape)} on {active.device}"
         raise ValueError(f"active is {given}, it must be a bool scalar on {statistics.device}")
     torch.ops.adalora_fast.importance_update_(
-        parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active
+        parameters, grads, statistics, updates, rule.score, rule.smoothing, rule.beta1, rule.beta2, active
     )
 
 
 def importance_scores(
     parameters: list[Tensor],
     statistics: Tensor,
-    score: str = "sensitivity",
-    smoothing: str = "ema_uncertainty",
+    rule: ScoreRule = ScoreRule(),  # noqa: B008 - frozen
 ) -> Tensor:
     """S_{k,i} = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) of every triplet (arXiv 2303.10512, eq. 7); λ only:
     s(λ_i).
 
     Args:
-        parameters, statistics, score, smoothing: as in :func:`importance_update_`.
+        parameters, statistics, rule: as in :func:`importance_update_`.
 
     Returns:
         [T] scores in ``statistics``'s type, matrix by matrix in the order of ``parameters``.
     """
-    _check(parameters, statistics, score, smoothing)
-    return torch.ops.adalora_fast.importance_scores(parameters, statistics, score, smoothing)
+    _check(parameters, statistics, rule)
+    return torch.ops.adalora_fast.importance_scores(parameters, statistics, rule.score, rule.smoothing)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference import layout_of, unknown
+from .rule import ScoreRule
 
 # What csrc/cpu/importance.h computes, as it numbers them. The reference may have more.
 SCORE_NUMBERS = {"sensitivity": 0, "movement": 1, "fisher": 2, "gsnr": 3, "magnitude": 4}
@@ -41,10 +42,7 @@ def update_(
     grads: list[Tensor | None],
     statistics: Tensor,
     updates: Tensor,
-    score: str,
-    smoothing: str,
-    beta1: float,
-    beta2: float,
+    rule: ScoreRule,
     active: Tensor | None = None,
 ) -> None:
     """One optimizer step's update of ``statistics`` [rows, size] and of each parameter's count ``updates``
@@ -57,17 +55,20 @@ def update_(
         grads,
         statistics,
         updates,
-        places_of(parameters, score),
-        SCORE_NUMBERS[score],
-        SMOOTHING_NUMBERS[smoothing],
-        beta1,
-        beta2,
+        places_of(parameters, rule.score),
+        SCORE_NUMBERS[rule.score],
+        SMOOTHING_NUMBERS[rule.smoothing],
+        rule.beta1,
+        rule.beta2,
     )
     torch.autograd.graph.increment_version([statistics, updates])
 
 
-def triplet_scores(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:
+def triplet_scores(parameters: list[Tensor], statistics: Tensor, rule: ScoreRule) -> Tensor:
     """S of every triplet [T]."""
     return torch.ops.adalora_fast_C.importance_scores(
-        statistics, places_of(parameters, score), SCORE_NUMBERS[score], SMOOTHING_NUMBERS[smoothing]
+        statistics,
+        places_of(parameters, rule.score),
+        SCORE_NUMBERS[rule.score],
+        SMOOTHING_NUMBERS[rule.smoothing],
     )

@@ -28,6 +28,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .rule import SMOOTHINGS, ScoreRule
+
 KINDS = ("lora_A", "lora_E", "lora_B")  # a parameter's kind is its position modulo 3
 
 
@@ -42,20 +44,6 @@ SIGNALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gsnr": _gradient_itself,  # its I is the ratio, which needs the moments
     "magnitude": lambda w, g: w.abs() + 0 * g,  # an infinite gradient still shows
 }
-SMOOTHINGS: dict[str, tuple[str, ...]] = {
-    "ema_uncertainty": ("ema", "uncertainty"),
-    "ema": ("ema",),
-    "sum": ("sum",),
-    "none": ("last",),
-}
-MOMENTS = ("mean", "variance")
-
-
-def statistic_names(score: str, smoothing: str) -> tuple[str, ...]:
-    """What is kept per entry: rows of the statistics buffer, in this order."""
-    if score == "gsnr":
-        return MOMENTS + (() if smoothing == "none" else SMOOTHINGS[smoothing])
-    return SMOOTHINGS[smoothing]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +158,11 @@ def limit(score: str, smoothing: str) -> str | None:
     return None
 
 
-def smooth_(
-    rows: dict[str, Tensor], value: Tensor, smoothing: str, alive: Tensor, beta1: float, beta2: float
-) -> None:
+def smooth_(rows: dict[str, Tensor], value: Tensor, rule: ScoreRule, alive: Tensor) -> None:
     """Update the smoothing's rows [n, *shape] in place; ``alive`` ([n, 1, 1], 0 or 1) says which parameters
     move.
     """
+    smoothing = rule.smoothing
     if smoothing == "sum":
         rows["sum"].addcmul_(value, alive)
     elif smoothing == "none":
@@ -183,9 +170,9 @@ def smooth_(
     elif smoothing not in ("ema", "ema_uncertainty"):
         raise NotImplementedError(f"smooth_ has no branch for smoothing {smoothing!r}; add one to it")
     else:
-        rows["ema"].lerp_(value, alive * (1 - beta1))
+        rows["ema"].lerp_(value, alive * (1 - rule.beta1))
         if smoothing == "ema_uncertainty":
-            rows["uncertainty"].lerp_((value - rows["ema"]).abs_(), alive * (1 - beta2))
+            rows["uncertainty"].lerp_((value - rows["ema"]).abs_(), alive * (1 - rule.beta2))
 
 
 def _update_moments_(
@@ -212,17 +199,14 @@ def update_(
     grads: list[Tensor | None],
     statistics: Tensor,
     updates: Tensor,
-    score: str,
-    smoothing: str,
-    beta1: float,
-    beta2: float,
+    rule: ScoreRule,
     active: Tensor | None = None,
 ) -> None:
     """One optimizer step's update of ``statistics`` [rows, size] and of each parameter's count ``updates``
     [3L]; none where ``active`` is False.
     """
-    layout = layout_of(parameters, score)
-    values, finite = signals(layout, parameters, grads, SIGNALS[score], statistics.dtype)
+    layout = layout_of(parameters, rule.score)
+    values, finite = signals(layout, parameters, grads, SIGNALS[rule.score], statistics.dtype)
     if active is not None:
         finite = finite & active
     if any(grad is None for grad in grads):
@@ -230,23 +214,23 @@ def update_(
         alive = present.logical_and_(finite)
     else:
         alive = finite.expand(len(grads))
-    names = statistic_names(score, smoothing)
     for group, value in zip(layout.groups, values, strict=True):
         members = list(group.members)
         moving = alive[members].to(statistics.dtype).view(-1, 1, 1)
-        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
+        rows = {name: group.view(statistics[row]) for row, name in enumerate(rule.statistics)}
         value = torch.where(finite, value, 0.0)
-        if score == "gsnr":
+        if rule.score == "gsnr":
             count = updates[members].view(-1, 1, 1)
-            value = _update_moments_(rows, value, count, moving, beta1)
-        if score != "gsnr" or smoothing != "none":
-            smooth_(rows, value, smoothing, moving, beta1, beta2)
+            value = _update_moments_(rows, value, count, moving, rule.beta1)
+        if rule.score != "gsnr" or rule.smoothing != "none":
+            smooth_(rows, value, rule, moving)
     updates.add_(alive)
 
 
-def element_scores(rows: dict[str, Tensor], score: str, smoothing: str) -> Tensor:
+def element_scores(rows: dict[str, Tensor], rule: ScoreRule) -> Tensor:
     """s of every entry of a group: eq. 11 where an uncertainty is kept, else the smoothing's own row."""
-    if smoothing == "none" and score == "gsnr":
+    smoothing = rule.smoothing
+    if smoothing == "none" and rule.score == "gsnr":
         return gradient_signal_to_noise(rows["mean"], rows["variance"])
     kept = SMOOTHINGS[smoothing]
     if kept == ("ema", "uncertainty"):
@@ -258,27 +242,26 @@ def element_scores(rows: dict[str, Tensor], score: str, smoothing: str) -> Tenso
     return rows[kept[0]]
 
 
-def triplet_scores(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:
+def triplet_scores(parameters: list[Tensor], statistics: Tensor, rule: ScoreRule) -> Tensor:
     """S of every triplet [T]."""
-    layout = layout_of(parameters, score)
+    layout = layout_of(parameters, rule.score)
     scores = torch.zeros(sum(layout.ranks), dtype=statistics.dtype, device=statistics.device)
-    for _, index, means in _triplet_means(layout, statistics, score, smoothing):
+    for _, index, means in _triplet_means(layout, statistics, rule):
         scores.index_add_(0, index, means)
     return scores
 
 
-def triplet_terms(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:
+def triplet_terms(parameters: list[Tensor], statistics: Tensor, rule: ScoreRule) -> Tensor:
     """What lora_A, lora_E and lora_B (``KINDS``) add to S of every triplet [3, T]."""
-    layout = layout_of(parameters, score)
+    layout = layout_of(parameters, rule.score)
     terms = torch.zeros(len(KINDS), sum(layout.ranks), dtype=statistics.dtype, device=statistics.device)
-    for kind, index, means in _triplet_means(layout, statistics, score, smoothing):
+    for kind, index, means in _triplet_means(layout, statistics, rule):
         terms[KINDS.index(kind)].index_add_(0, index, means)
     return terms
 
 
-def _triplet_means(layout: Layout, statistics: Tensor, score: str, smoothing: str):
+def _triplet_means(layout: Layout, statistics: Tensor, rule: ScoreRule):
     """(kind, positions in the score vector, means of the element scores) of every group."""
-    names = statistic_names(score, smoothing)
     for group, index in zip(layout.groups, layout.triplet_index(statistics.device), strict=True):
-        rows = {name: group.view(statistics[row]) for row, name in enumerate(names)}
-        yield group.kind, index, group.triplet_means(element_scores(rows, score, smoothing)).flatten()
+        rows = {name: group.view(statistics[row]) for row, name in enumerate(rule.statistics)}
+        yield group.kind, index, group.triplet_means(element_scores(rows, rule)).flatten()

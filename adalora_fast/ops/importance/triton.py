@@ -16,6 +16,7 @@ from adalora_fast.ops.dispatch.launch import launch
 
 from . import kernels, reference
 from .reference import Layout, layout_of, unknown
+from .rule import ScoreRule
 
 # What kernels.py computes; a name that it does not know ends its compilation.
 SCORES = ("sensitivity", "movement", "fisher", "gsnr", "magnitude")
@@ -40,18 +41,15 @@ def update_(
     grads: list[Tensor | None],
     statistics: Tensor,
     updates: Tensor,
-    score: str,
-    smoothing: str,
-    beta1: float,
-    beta2: float,
+    rule: ScoreRule,
     active: Tensor | None = None,
 ) -> None:
     """See ``reference.update_``."""
-    layout = layout_of(parameters, score)
+    layout = layout_of(parameters, rule.score)
     reason = _unfit(statistics, layout) or _unfit_types([*parameters, *grads])
     if reason:
         tables.say_once("importance", reason)
-        reference.update_(parameters, grads, statistics, updates, score, smoothing, beta1, beta2, active)
+        reference.update_(parameters, grads, statistics, updates, rule, active)
         return
     device = statistics.device
     weights = [parameter.contiguous() for parameter in parameters]
@@ -64,35 +62,35 @@ def update_(
     flags = updates.new_empty(n_flags, dtype=torch.int32)
     seen = torch.empty_like(updates)
     shares = statistics.new_empty(len(parameters))
-    beta_high = float(torch.tensor(beta1, dtype=torch.float32, device="cpu"))  # kernels take float32
-    shared = {"SCORE": score, "CHUNK": CHUNK, "COUNTS": COUNTS, "ALIGNED": aligned, "num_warps": WARPS}
+    beta_high = float(torch.tensor(rule.beta1, dtype=torch.float32, device="cpu"))  # kernels take float32
+    shared = {"SCORE": rule.score, "CHUNK": CHUNK, "COUNTS": COUNTS, "ALIGNED": aligned, "num_warps": WARPS}
     launch(
         kernels.flag_kernel, (n_flags,),
         located, chunks, updates, seen, shares, flags, len(parameters), n_chunks,
-        beta_high, beta1 - beta_high, None if active is None else active.view(torch.uint8),
+        beta_high, rule.beta1 - beta_high, None if active is None else active.view(torch.uint8),
         **shared,
     )  # fmt: skip
     launch(
         kernels.update_kernel, (max(n_chunks, 1),),
         located, chunks, statistics, updates, seen, shares, flags, statistics.stride(0), len(parameters),
-        n_flags, 1 - beta1, 1 - beta2,
-        SMOOTHING=smoothing, FLAGS=FLAGS, **shared,
+        n_flags, 1 - rule.beta1, 1 - rule.beta2,
+        SMOOTHING=rule.smoothing, FLAGS=FLAGS, **shared,
     )  # fmt: skip
 
 
-def triplet_scores(parameters: list[Tensor], statistics: Tensor, score: str, smoothing: str) -> Tensor:
+def triplet_scores(parameters: list[Tensor], statistics: Tensor, rule: ScoreRule) -> Tensor:
     """See ``reference.triplet_scores``."""
-    layout = layout_of(parameters, score)
+    layout = layout_of(parameters, rule.score)
     if reason := _unfit(statistics, layout):
         tables.say_once("importance", reason)
-        return reference.triplet_scores(parameters, statistics, score, smoothing)
+        return reference.triplet_scores(parameters, statistics, rule)
     shapes = tuple(tuple(parameter.shape) for parameter in parameters)
     slices, n_slices = _slices(layout, shapes, tables.place_on(statistics.device))
     scores = statistics.new_empty(sum(layout.ranks))
     if n_slices:
         launch(
             kernels.triplet_kernel, (n_slices,), statistics, slices, scores, statistics.stride(0),
-            SCORE=score, SMOOTHING=smoothing, TRIPLETS=TRIPLETS, BLOCK=BLOCK, num_warps=WARPS,
+            SCORE=rule.score, SMOOTHING=rule.smoothing, TRIPLETS=TRIPLETS, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return scores
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from adalora_fast.experiments.data import workloads
+from adalora_fast.experiments.data import rows
 from adalora_fast.experiments.data.rows import cached, tokenize
 from adalora_fast.experiments.data.tasks import Split
 from adalora_fast.experiments.data.workloads import load_workload
@@ -81,7 +81,7 @@ def test_judging_a_regression(tmp_path):
 
 def test_a_long_table_is_tokenised_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(workloads, "CACHED_ROWS", 3)
+    monkeypatch.setattr(rows, "CACHED_ROWS", 3)
     texts, made = ["the moon", "old bread", "new soup"], []
 
     def table(*, texts=texts, length=16):
@@ -101,7 +101,7 @@ def test_a_long_table_is_tokenised_once(tokenizer, tmp_path, monkeypatch):
 def test_a_tokenizer_that_names_other_inputs_makes_another_table(tmp_path, monkeypatch):
     """BERT's and DistilBERT's have one vocabulary, and only BERT reads segments."""
     monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(workloads, "CACHED_ROWS", 1)
+    monkeypatch.setattr(rows, "CACHED_ROWS", 1)
     fast = Tokenizer(WordLevel({"[UNK]": 0, "moon": 1, "[PAD]": 2}, unk_token="[UNK]"))
     split = Split(texts=(["moon"],), labels=[1], source="", sample=False)
     found = []
@@ -121,8 +121,8 @@ def test_a_table_that_could_not_be_kept_leaves_nothing(tokenizer, tmp_path, monk
     os.utime(killed, (0, 0))
     (tmp_path / ".tokens-at-work.18").mkdir()
     monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(workloads, "CACHED_ROWS", 1)
-    monkeypatch.setattr(workloads.Dataset, "save_to_disk", full)
+    monkeypatch.setattr(rows, "CACHED_ROWS", 1)
+    monkeypatch.setattr(rows.Dataset, "save_to_disk", full)
     with pytest.raises(OSError, match=r"cannot keep tokens in .* \(No space left on device\); set ADALORA"):
         cached(lambda: {"a": [1]}, 1, ["x"], tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == [".tokens-at-work.18"]
@@ -140,7 +140,7 @@ def test_what_is_evaluated_is_not_trained_on(tmp_path):
 def test_a_cache_that_cannot_be_written(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADALORA_FAST_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(workloads, "CACHED_ROWS", 1)
+    monkeypatch.setattr(rows, "CACHED_ROWS", 1)
     with pytest.raises(OSError, match=r"cannot keep tokens in .*; set ADALORA_FAST_CACHE to another folder"):
         cached(lambda: {"a": [1]}, 1, ["x"], tokenizer)
 

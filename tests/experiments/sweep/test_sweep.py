@@ -14,6 +14,7 @@ import pytest
 
 from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.settings.recipes import RECIPES
+from adalora_fast.experiments.sweep import plan as plans
 from adalora_fast.experiments.sweep import sweep
 from adalora_fast.experiments.sweep.plan import make_plan, write_plan
 from tests.helpers.planning import DEFAULTS, GRID, TUNING, carry_out
@@ -181,8 +182,8 @@ def test_a_plan_is_read_and_changed_by_one_process_at_a_time(plan, tmp_path, pre
         assert path.name != "plan.json" or alone == [tmp_path / "out"]
         return read_json(path)
 
-    monkeypatch.setattr(sweep, "alone_in", watched)
-    monkeypatch.setattr(sweep, "read_json", read)
+    monkeypatch.setattr(plans, "alone_in", watched)
+    monkeypatch.setattr(plans, "read_json", read)
     assert carry_out(plan(seeds=[0, 1, 2]), tmp_path / "out")[0] == 0
     assert read_json(tmp_path / "out" / "plan.json")["seeds"] == [0, 1, 2]
 

@@ -12,6 +12,7 @@ import torch
 
 from adalora_fast.ops import importance_update_, select_triplets
 from adalora_fast.ops.dispatch import backend, native
+from adalora_fast.ops.importance import ScoreRule
 from adalora_fast.ops.importance.native import SCORE_NUMBERS, SMOOTHING_NUMBERS, places_of
 from tests.helpers.scoring import SCORES, SMOOTHINGS, make_buffers, make_parameters
 
@@ -60,7 +61,7 @@ def test_without_it_the_reference_runs_and_says_why(fresh, monkeypatch, tmp_path
     assert select_triplets(torch.tensor([1.0, 3.0]), torch.tensor(1)).tolist() == [False, True]
     parameters = make_parameters()
     statistics, updates = make_buffers(parameters, "fisher", "ema")
-    importance_update_(parameters, parameters, statistics, updates, "fisher", "ema")
+    importance_update_(parameters, parameters, statistics, updates, ScoreRule("fisher", "ema"))
     assert (statistics > 0).all()
     monkeypatch.setenv(backend.VARIABLE, "cpu")
     backend.choose.cache_clear()
