@@ -24,6 +24,7 @@ from torch import Tensor
 from adalora_fast.environment import write_json
 from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter import triton as launchers
+from adalora_fast.ops.adapter.adapter import Adapter
 from adalora_fast.ops.adapter.costs import (
     MACHINES,
     Machine,
@@ -68,8 +69,9 @@ def layer(kind: Kind, rows: int, inner: int, outer: int, rank: int, dropout_p: f
     x, weight, bias = (_meta(*s, dtype=kind.x) for s in ((rows, inner), (outer, inner), (outer,)))
     factors = [_meta(*s, dtype=kind.factors) for s in ((rank, inner), (rank, 1), (outer, rank))]
     seed = _meta(1, dtype=torch.int64) if dropout_p else None
-    y, h, S = launchers.linear(x, None, weight, bias, *factors, 0.5, kind.highest, seed, dropout_p)
-    launchers.backward(y, x, h, S, weight, *factors, 0.5, True, seed, dropout_p, EVERY_NEED)
+    adapter = Adapter(*factors, 0.5, kind.highest, seed, dropout_p)
+    y, h, S = launchers.linear(x, None, weight, bias, adapter)
+    launchers.backward(y, x, h, S, weight, adapter, True, EVERY_NEED)
 
 
 def chosen(kinds: Iterable[Kind]) -> set[aot.Specialisation]:

@@ -6,6 +6,7 @@ import torch
 from adalora_fast.ops import adalora_linear
 from adalora_fast.ops.adapter import dropout
 from adalora_fast.ops.adapter import triton as kernels
+from adalora_fast.ops.adapter.adapter import Adapter
 from adalora_fast.ops.adapter.plans import Tile
 from tests.helpers.kernel_cases import (
     DEVICE,
@@ -78,10 +79,11 @@ def kernel_masks(rows: int, columns: int, seed, p: float, way: str, tile: Tile) 
     ones = torch.ones(rows, columns, dtype=torch.float16, device=DEVICE)
     E, weight = torch.ones(columns, 1, device=DEVICE), torch.zeros_like(eye).half()
     with planned(way, tile):
-        y, h, S = kernels.linear(ones, None, weight, None, eye, E, eye, 1.0, False, seed, p)
-        rest = (h, S, weight, eye, E, eye, 1.0)
-        dx, *_ = kernels.backward(ones, ones, *rest, True, seed, p, [True, False, False, False, False])
-        _, d_input, *_ = kernels.backward(ones, ones, *rest, False, seed, p, [False, True, *[False] * 3])
+        adapter = Adapter(eye, E, eye, 1.0, False, seed, p)
+        y, h, S = kernels.linear(ones, None, weight, None, adapter)
+        rest = (h, S, weight, adapter)
+        dx, *_ = kernels.backward(ones, ones, *rest, True, [True, False, False, False, False])
+        _, d_input, *_ = kernels.backward(ones, ones, *rest, False, [False, True, *[False] * 3])
     return {
         "project": h[:, :columns] != 0,
         "output": y != 0,
@@ -98,7 +100,7 @@ def outer_mask(rows: int, columns: int, seed, p: float, tile: Tile, parts: int) 
     h = torch.zeros(rows, kernels.padded(rows), dtype=torch.float16, device=DEVICE)
     with planned("library", tile, parts):
         _, _, dA, dE, _ = kernels.backward(
-            eye.half(), x, h, h.new_empty(0), None, A, E, eye, 1.0, False, seed, p,
+            eye.half(), x, h, h.new_empty(0), None, Adapter(A, E, eye, 1.0, False, seed, p), False,
             [False, False, True, True, False],
         )  # fmt: skip
     scale = dropout.survivors_scale(p)
@@ -351,7 +353,8 @@ def test_survivors_are_scaled(p):
     eye, seed = torch.eye(24, device=DEVICE), seed_of(9)
     ones, E = torch.ones(33, 24, device=DEVICE), torch.ones(24, 1, device=DEVICE)
     with planned("library"):
-        y, _, _ = kernels.linear(ones, None, torch.zeros_like(eye), None, eye, E, eye, 1.0, False, seed, p)
+        adapter = Adapter(eye, E, eye, 1.0, False, seed, p)
+        y, _, _ = kernels.linear(ones, None, torch.zeros_like(eye), None, adapter)
     mask = dropout.survivors(seed, 33, 24, p)
     scale = torch.tensor(65536 / (65536 - round(p * 65536)), device=DEVICE)
     assert torch.allclose(y, mask * scale, rtol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adalora_fast.ops import adalora_linear
-from adalora_fast.ops.adapter import triton as kernels
+from tests.helpers.kernel_calls import backward, forward
 from tests.helpers.kernel_cases import (
     DEVICE,
     FACTORS,
@@ -31,20 +31,6 @@ pytestmark = ON_DEVICE
 def kernels_write_all_they_return():
     with triton_backend(), poisoned():
         yield
-
-
-def forward(case, seed=None, dropout_p=0.0, adapter_input=None):
-    """The kernels' forward without the op around it: (y, h, S)."""
-    return kernels.linear(
-        case.x, adapter_input, case.weight, case.bias, *case.factors, case.scaling, False, seed, dropout_p
-    )
-
-
-def backward(case, grad, h, S, needs=(True, False, True, True, True), shared=True, seed=None, dropout_p=0.0):
-    """The kernels' backward without the op around it: (dx, dx', dA, dE, dB)."""
-    return kernels.backward(
-        grad, case.x, h, S, case.weight, *case.factors, case.scaling, shared, seed, dropout_p, list(needs)
-    )
 
 
 def _sliced(t):

@@ -5,6 +5,7 @@ import torch
 
 from adalora_fast.ops import adalora_linear, adapter
 from adalora_fast.ops.adapter import triton as kernels
+from adalora_fast.ops.adapter.adapter import Adapter
 from tests.helpers.kernel_cases import (
     DEVICE,
     ON_DEVICE,
@@ -171,11 +172,11 @@ def test_launches_of_a_layer(way, p):
     case = case._replace(**{n: t.to("meta") for n, t in case._asdict().items() if torch.is_tensor(t)})
     seed = torch.empty(1, dtype=torch.int64, device="meta") if p else None
     with planned(way), launched() as names:
-        y, h, S = kernels.linear(case.x, None, *case[1:6], 0.5, False, seed, p)
+        adapter = Adapter(*case.factors, 0.5, False, seed, p)
+        y, h, S = kernels.linear(case.x, None, case.weight, case.bias, adapter)
         forward = list(names)
         kernels.backward(
-            torch.empty_like(y), case.x, h, S, case.weight, *case.factors, 0.5, True, seed, p,
-            [True, False, True, True, True],
+            torch.empty_like(y), case.x, h, S, case.weight, adapter, True, [True, False, True, True, True]
         )  # fmt: skip
     assert names[len(forward) :] == [*FORWARD[way], "outer", "reduce"]
     if way == "inline" and p:

@@ -10,6 +10,7 @@ from adalora_fast.ops.adapter import plans
 from adalora_fast.ops.adapter import triton as kernels
 from adalora_fast.ops.adapter.plans import OuterPlan, Tile
 from adalora_fast.ops.dispatch import launch
+from tests.helpers.kernel_calls import backward, forward
 from tests.helpers.kernel_cases import (
     DEVICE,
     DTYPES,
@@ -146,20 +147,6 @@ def test_without_a_triplet(way):
         dx, _, dA, dE, dB = backward(case, grad, h, S)
     assert_same({"y": y, "x": dx}, {name: exact[name] for name in ("y", "x")})
     assert dA.shape == (0, 40) and dE.shape == (0, 1) and dB.shape == (63, 0)
-
-
-def forward(case, seed=None, dropout_p=0.0, adapter_input=None):
-    """The kernels' forward without the op around it: (y, h, S)."""
-    return kernels.linear(
-        case.x, adapter_input, case.weight, case.bias, *case.factors, case.scaling, False, seed, dropout_p
-    )
-
-
-def backward(case, grad, h, S, needs=(True, False, True, True, True), shared=True, seed=None, dropout_p=0.0):
-    """The kernels' backward without the op around it: (dx, dx', dA, dE, dB)."""
-    return kernels.backward(
-        grad, case.x, h, S, case.weight, *case.factors, case.scaling, shared, seed, dropout_p, list(needs)
-    )
 
 
 @pytest.mark.parametrize("way", WAYS)

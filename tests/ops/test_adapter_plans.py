@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adalora_fast.ops.adapter import costs, plans
 from adalora_fast.ops.adapter import triton as kernels
+from adalora_fast.ops.adapter.adapter import Adapter
 from adalora_fast.ops.adapter.costs import MACHINES, WAYS, OuterPlan, Plan, Problem, Tile
 from adalora_fast.ops.dispatch import launch
 from tests.helpers.kernel_cases import plan_of
@@ -124,9 +125,10 @@ def problems_of(rows: int) -> list[Problem]:
     x, weight, grad = (torch.empty(size, **empty) for size in ((rows, 48), (32, 48), (rows, 32)))
     factors = [torch.empty(size, **empty) for size in ((8, 48), (8, 1), (32, 8))]
     with patch.object(plans, "choose", choose), launch.observed(lambda *call: None):
-        _, h, S = kernels.linear(x, None, weight, None, *factors, 0.5, False, None, 0.0)
+        adapter = Adapter(*factors, 0.5)
+        _, h, S = kernels.linear(x, None, weight, None, adapter)
         needs = [True, False, True, True, True]
-        kernels.backward(grad, x, h, S, weight, *factors, 0.5, True, None, 0.0, needs)
+        kernels.backward(grad, x, h, S, weight, adapter, True, needs)
     return seen
 
 
@@ -169,9 +171,10 @@ def bytes_launched(inner: int, outer: int, way: str, rows: int = 4096) -> list[t
         patch.object(plans, "choose_outer", lambda *arguments: outer_plan),
         launch.observed(lambda *call: calls.append(call)),
     ):
-        _, h, S = kernels.linear(x, None, weight, None, *factors, 0.5, False, None, 0.0)
+        adapter = Adapter(*factors, 0.5)
+        _, h, S = kernels.linear(x, None, weight, None, adapter)
         needs = [True, False, True, True, True]
-        kernels.backward(grad, x, h, S, weight, *factors, 0.5, True, None, 0.0, needs)
+        kernels.backward(grad, x, h, S, weight, adapter, True, needs)
     return moved(calls, touched)
 
 

@@ -23,6 +23,7 @@ from adalora_fast.ops.dispatch.native import cpu_refusal
 from adalora_fast.ops.dispatch.transforms import is_transformed
 
 from . import native, plain, reference
+from .adapter import Adapter
 from .checks import PRECISIONS, check, check_base, check_result
 from .dropout import draw_seed
 
@@ -31,10 +32,6 @@ __all__ = ["PRECISIONS", "adalora_delta_", "adalora_linear"]
 backend.register("adapter", "reference", reference)
 backend.register("adapter", "cpu", native, cpu_refusal)
 backend.register("adapter", "triton", launch.LazyModule("adalora_fast.ops.adapter.triton"), launch.refusal)
-
-
-def _product_dtype(x: Tensor, lora_A: Tensor, highest: bool) -> torch.dtype:
-    return lora_A.dtype if highest else x.dtype
 
 
 @cache
@@ -67,11 +64,9 @@ def _fake_saved(x: Tensor, y: Tensor, lora_A: Tensor, dtype: torch.dtype) -> tup
     return x.new_empty(h, dtype=dtype), lora_A.new_empty(S, dtype=dtype)
 
 
-def _fake_linear(
-    x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0
-):
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, *_fake_saved(x, x, lora_A, _product_dtype(x, lora_A, highest))
+def _fake_linear(x, adapter_input, weight, bias, *flat):
+    y, adapter = x.new_empty(*x.shape[:-1], weight.shape[0]), Adapter(*flat)
+    return y, *_fake_saved(x, x, adapter.lora_A, adapter.product_dtype(x.dtype))
 
 
 @define(
@@ -80,17 +75,16 @@ def _fake_linear(
     "(Tensor, Tensor, Tensor)",
     fake=_fake_linear,
 )
-def _linear(
-    x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0
-):
+def _linear(x, adapter_input, weight, bias, *flat):
+    adapter = Adapter(*flat)
     with without_autocast(x.device.type):
-        return _functions(x, lora_A, _product_dtype(x, lora_A, highest)).linear(
-            x, adapter_input, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
-        )
+        functions = _functions(x, adapter.lora_A, adapter.product_dtype(x.dtype))
+        return functions.linear(x, adapter_input, weight, bias, adapter)
 
 
-def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
-    saved = _fake_saved(x, result, lora_A, _product_dtype(result, lora_A, highest))
+def _fake_delta(result, x, *flat):
+    adapter = Adapter(*flat)
+    saved = _fake_saved(x, result, adapter.lora_A, adapter.product_dtype(result.dtype))
     return result.new_empty(result.shape), *saved
 
 
@@ -99,11 +93,11 @@ def _fake_delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, 
     "bool highest, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor, Tensor)",
     fake=_fake_delta,
 )
-def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
+def _delta(result, x, *flat):
+    adapter = Adapter(*flat)
     with without_autocast(x.device.type):
-        return _functions(result, lora_A, _product_dtype(result, lora_A, highest)).delta(
-            result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
-        )
+        functions = _functions(result, adapter.lora_A, adapter.product_dtype(result.dtype))
+        return functions.delta(result, x, adapter)
 
 
 @define(
@@ -111,11 +105,11 @@ def _delta(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropo
     "bool highest, Tensor? seed=None, float dropout_p=0.0) -> ()",
     fake=lambda *arguments: None,
 )
-def _delta_in_place(result, x, lora_A, lora_E, lora_B, scaling, highest, seed=None, dropout_p=0.0):
+def _delta_in_place(result, x, *flat):
+    adapter = Adapter(*flat)
     with without_autocast(x.device.type):
-        _functions(result, lora_A, _product_dtype(result, lora_A, highest)).delta_(
-            result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p
-        )
+        functions = _functions(result, adapter.lora_A, adapter.product_dtype(result.dtype))
+        functions.delta_(result, x, adapter)
 
 
 def _fake_backward(
@@ -145,11 +139,12 @@ def _backward(
     grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, need_x, need_input,
     need_A, need_E, need_B, seed=None, dropout_p=0.0,
 ):  # fmt: skip
+    # h tells in which type the products were taken.
+    adapter = Adapter(lora_A, lora_E, lora_B, scaling, h.dtype == lora_A.dtype, seed, dropout_p)
+    needs = [need_x, need_input, need_A, need_E, need_B]
     with without_autocast(grad.device.type):
-        return _functions(grad, lora_A, h.dtype).backward(
-            grad, adapter_input, h, S, weight, lora_A, lora_E, lora_B, scaling, shared_input, seed, dropout_p,
-            [need_x, need_input, need_A, need_E, need_B],
-        )  # fmt: skip
+        functions = _functions(grad, lora_A, h.dtype)
+        return functions.backward(grad, adapter_input, h, S, weight, adapter, shared_input, needs)
 
 
 def _save_linear(ctx, inputs, output) -> None:
@@ -286,16 +281,16 @@ def adalora_linear(
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         types = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise TypeError(f"{types}; give them one type or use autocast")
-    highest = precision == "highest"
+    adapter = Adapter(lora_A, lora_E, lora_B, scaling, precision == "highest")
     if is_transformed(x):
         inputs = F.dropout(x, dropout_p, training)
-        return plain.delta(F.linear(x, weight, bias), inputs, lora_A, lora_E, lora_B, scaling, highest)
+        return plain.delta(F.linear(x, weight, bias), inputs, adapter)
     dropped, seed = _dropout(x, dropout_p) if training and dropout_p > 0.0 else (None, None)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         inputs = x if dropped is None else dropped
         result = F.linear(x, weight, bias)
-        return _run_delta(result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
-    return _run_linear(x, dropped, weight, bias, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
+        return _run_delta(result, inputs, *adapter._replace(seed=seed, dropout_p=dropout_p))
+    return _run_linear(x, dropped, weight, bias, *adapter._replace(seed=seed, dropout_p=dropout_p))
 
 
 def _dropout(x: Tensor, dropout_p: float) -> tuple[Tensor | None, Tensor | None]:
@@ -335,14 +330,12 @@ def adalora_delta_(
     """
     check_result(result, x)
     check(x, (("result", result),), result.size(-1), lora_A, lora_E, lora_B, dropout_p, precision)
-    highest = precision == "highest"
+    adapter = Adapter(lora_A, lora_E, lora_B, scaling, precision == "highest")
     if is_transformed(x):
-        return plain.delta(
-            result, F.dropout(x, dropout_p, training), lora_A, lora_E, lora_B, scaling, highest
-        )
+        return plain.delta(result, F.dropout(x, dropout_p, training), adapter)
     dropped, seed = _dropout(x, dropout_p) if training and dropout_p > 0.0 else (None, None)
     inputs = x if dropped is None else dropped
-    arguments = (result, inputs, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
+    arguments = (result, inputs, *adapter._replace(seed=seed, dropout_p=dropout_p))
     if _may_write(result, x):
         torch.ops.adalora_fast.adapter_delta_(*arguments)
         return result

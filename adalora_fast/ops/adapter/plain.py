@@ -9,18 +9,12 @@ from torch import Tensor
 
 from adalora_fast.ops.dispatch.library import without_autocast
 
+from .adapter import Adapter
 
-def delta(
-    result: Tensor,
-    adapter_input: Tensor,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    highest: bool,
-) -> Tensor:
+
+def delta(result: Tensor, adapter_input: Tensor, adapter: Adapter) -> Tensor:
     """``result + scaling · (x' Aᵀ ⊙ Eᵀ) Bᵀ`` in ``result``'s type; x' is the input after dropout."""
-    dtype = lora_A.dtype if highest else result.dtype
+    dtype = adapter.product_dtype(result.dtype)
     with without_autocast(result.device.type):
-        h = F.linear(adapter_input.to(dtype), (lora_A * lora_E).to(dtype))
-        return result + (scaling * F.linear(h, lora_B.to(dtype))).to(result.dtype)
+        h = F.linear(adapter_input.to(dtype), (adapter.lora_A * adapter.lora_E).to(dtype))
+        return result + (adapter.scaling * F.linear(h, adapter.lora_B.to(dtype))).to(result.dtype)

@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .adapter import Adapter
 from .dropout import survivors, survivors_scale
 
 Finish = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
@@ -79,18 +80,20 @@ def saved_shapes(rows: int, lora_A: Tensor) -> tuple[tuple[int, ...], tuple[int,
     return (rows, lora_A.shape[0]), tuple(lora_A.shape)
 
 
-def _keep(like: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
-    """[M, K] the factor that dropout gives every entry of x: 0 or 1 / (1 - p)."""
-    return survivors(seed, *like.shape, dropout_p).to(like.dtype) * survivors_scale(dropout_p)
+def _keep(like: Tensor, adapter: Adapter) -> Tensor | None:
+    """[M, K] the factor that dropout gives every entry of x: 0 or 1 / (1 - p); None without dropout."""
+    if adapter.seed is None:
+        return None
+    alive = survivors(adapter.seed, *like.shape, adapter.dropout_p)
+    return alive.to(like.dtype) * survivors_scale(adapter.dropout_p)
 
 
-def _project(
-    inputs: Tensor, lora_A: Tensor, lora_E: Tensor, dtype: torch.dtype, seed: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor]:
+def _project(inputs: Tensor, adapter: Adapter, output: torch.dtype) -> tuple[Tensor, Tensor]:
     """(h, S) of x [M, K]; the fold is done in the factors' own type and rounded once."""
-    if seed is not None:
-        inputs = inputs * _keep(inputs, seed, dropout_p)
-    S = _cast(lora_A * lora_E, dtype)  # [R, K]
+    keep, dtype = _keep(inputs, adapter), adapter.product_dtype(output)
+    if keep is not None:
+        inputs = inputs * keep
+    S = _cast(adapter.lora_A * adapter.lora_E, dtype)  # [R, K]
     return _cast(inputs, dtype) @ S.t(), S  # [M, R]
 
 
@@ -99,62 +102,36 @@ def linear(
     adapter_input: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    highest: bool,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
+    adapter: Adapter,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h, S) for a plain linear base; ``highest`` computes the adapter in the factors' type."""
+    """(y, h, S) for a plain linear base."""
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     y, out = output(x, weight.shape[0])
     base_product(rows, weight, bias, out)
     inputs = rows if adapter_input is None else adapter_input.reshape(-1, x.shape[-1])
-    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else x.dtype, seed, dropout_p)
-    _add_product(out, h, _cast(lora_B, h.dtype), scaling)
+    h, S = _project(inputs, adapter, x.dtype)
+    _add_product(out, h, _cast(adapter.lora_B, h.dtype), adapter.scaling)
     return y, h, S
 
 
-def delta(
-    result: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    highest: bool,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def delta(result: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
     """(result + c h Bᵀ, h, S) for any base whose output is ``result``; ``result`` is left as it is."""
     inputs = x.reshape(-1, x.shape[-1])
-    h, S = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype, seed, dropout_p)
-    rows, B = result.reshape(-1, result.shape[-1]), _cast(lora_B, h.dtype)  # [M, N], [N, R]
+    h, S = _project(inputs, adapter, result.dtype)
+    rows, B = result.reshape(-1, result.shape[-1]), _cast(adapter.lora_B, h.dtype)  # [M, N], [N, R]
     y, out = output(result, B.shape[0])
     if h.dtype == rows.dtype:
-        torch.addmm(rows, h, B.t(), alpha=scaling, out=out)
+        torch.addmm(rows, h, B.t(), alpha=adapter.scaling, out=out)
     else:
-        out.copy_(rows + _scaled_product(h, B.t(), scaling))
+        out.copy_(rows + _scaled_product(h, B.t(), adapter.scaling))
     return y, h, S
 
 
-def delta_(
-    result: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    highest: bool,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> None:
+def delta_(result: Tensor, x: Tensor, adapter: Adapter) -> None:
     """result += c h Bᵀ in place, without what a backward would need."""
     inputs = x.reshape(-1, x.shape[-1])
-    h, _ = _project(inputs, lora_A, lora_E, lora_A.dtype if highest else result.dtype, seed, dropout_p)
-    _add_product(result.view(-1, result.shape[-1]), h, _cast(lora_B, h.dtype), scaling)
+    h, _ = _project(inputs, adapter, result.dtype)
+    _add_product(result.view(-1, result.shape[-1]), h, _cast(adapter.lora_B, h.dtype), adapter.scaling)
 
 
 def right_factor_gradients(
@@ -171,13 +148,8 @@ def backward(
     h: Tensor,
     S: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    scaling: float,
+    adapter: Adapter,
     shared_input: bool,
-    seed: Tensor | None,
-    dropout_p: float,
     needs: list[bool],
     finish: Finish = right_factor_gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -190,7 +162,8 @@ def backward(
     inputs = adapter_input.reshape(-1, adapter_input.shape[-1])  # [M, K]
     need_x, need_input, need_A, need_E, need_B = needs
     dx, d_input, dA, dE, dB = (None if needed else grad.new_empty(0) for needed in needs)
-    keep = None if seed is None else _keep(inputs, seed, dropout_p)
+    lora_A, lora_E, lora_B, scaling, *_ = adapter
+    keep = _keep(inputs, adapter)
 
     if need_B:
         dB = _cast(_scaled_product(_cast(rows, h.dtype).t(), h, scaling), lora_B.dtype)  # [N, R]

@@ -13,6 +13,7 @@ from torch import Tensor
 from adalora_fast.ops.dispatch.launch import launch
 
 from . import kernels, plans
+from .adapter import Adapter
 from .dropout import survivors_scale, threshold_of
 from .plans import Plan, Problem
 from .reference import base_product, output
@@ -60,10 +61,10 @@ class _Drop(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, seed: Tensor | None, dropout_p: float) -> "_Drop":
-        if seed is None or dropout_p == 0.0:
+    def of(cls, adapter: Adapter) -> "_Drop":
+        if adapter.seed is None or adapter.dropout_p == 0.0:
             return cls(None, 0, 1.0)
-        return cls(seed, threshold_of(dropout_p), survivors_scale(dropout_p))
+        return cls(adapter.seed, threshold_of(adapter.dropout_p), survivors_scale(adapter.dropout_p))
 
     @property
     def on(self) -> bool:
@@ -73,9 +74,9 @@ class _Drop(NamedTuple):
 _NO_DROP = _Drop(None, 0, 1.0)
 
 
-def _factors(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> tuple[_Factor, _Factor]:
+def _factors(adapter: Adapter) -> tuple[_Factor, _Factor]:
     """(lora_A ⊙ lora_E, lora_B)"""
-    lora_E = lora_E.contiguous()
+    lora_A, lora_E, lora_B = adapter.lora_A, adapter.lora_E.contiguous(), adapter.lora_B
     return (
         _Factor(lora_A, lora_E, lora_A.stride(0), lora_A.stride(1), True),
         _Factor(lora_B, lora_E, lora_B.stride(1), lora_B.stride(0), False),
@@ -176,18 +177,17 @@ def _matmul(
 
 
 def linear(
-    x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, lora_A: Tensor,
-    lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool, seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, adapter: Adapter
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, an empty tensor)."""
-    rows, drop = _matrix(x), _Drop.of(seed, dropout_p)
+    rows, drop = _matrix(x), _Drop.of(adapter)
     inputs = rows if adapter_input is None else _matrix(adapter_input)
-    dtype = lora_A.dtype if highest else x.dtype
-    right, left = _factors(lora_A, lora_E, lora_B)
+    dtype = adapter.product_dtype(x.dtype)
+    right, left = _factors(adapter)
     outer = weight.shape[0]
     # One product serves base and adapter where both are of one type.
     flags = {"base": dtype == x.dtype, "inline": inputs is rows and not drop.on}
-    problem = problem_of(rows, outer, lora_A.shape[0], dtype, backward=False, **flags)
+    problem = problem_of(rows, outer, adapter.rank, dtype, backward=False, **flags)
     plan = plans.choose(problem, x.device)
     if plan.way == "inline":
         h = rows.new_empty(rows.shape[0], problem.rank, dtype=dtype)
@@ -196,60 +196,50 @@ def linear(
     y, out = output(x, outer)
     if plan.way == "library":
         base_product(rows, weight, bias, out)
-        _update(out, h, left, out, scaling, _NO_DROP, plan)
+        _update(out, h, left, out, adapter.scaling, _NO_DROP, plan)
     else:
         contiguous = None if bias is None else bias.contiguous()
-        _matmul(rows, weight.t(), contiguous, h, out, right, left, 1.0, scaling, _NO_DROP, plan)
-    return y, h, lora_A.new_empty(0, dtype=dtype)
+        _matmul(rows, weight.t(), contiguous, h, out, right, left, 1.0, adapter.scaling, _NO_DROP, plan)
+    return y, h, rows.new_empty(0, dtype=dtype)
 
 
-def _delta(
-    result: Tensor, out: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float,
-    highest: bool, seed: Tensor | None, dropout_p: float,
-) -> Tensor:  # fmt: skip
+def _delta(result: Tensor, out: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """Write result + the adapter of x to ``out``; returns h."""
     rows, base = _matrix(x), _matrix(result)
-    dtype = lora_A.dtype if highest else result.dtype
-    problem = problem_of(rows, base.shape[1], lora_A.shape[0], dtype, backward=False, base=False)
+    dtype = adapter.product_dtype(result.dtype)
+    problem = problem_of(rows, base.shape[1], adapter.rank, dtype, backward=False, base=False)
     plan = plans.choose(problem, x.device)
-    right, left = _factors(lora_A, lora_E, lora_B)
-    h = _project(rows, right, dtype, 1.0, _Drop.of(seed, dropout_p), plan)
-    _update(base, h, left, out.view(base.shape), scaling, _NO_DROP, plan)
+    right, left = _factors(adapter)
+    h = _project(rows, right, dtype, 1.0, _Drop.of(adapter), plan)
+    _update(base, h, left, out.view(base.shape), adapter.scaling, _NO_DROP, plan)
     return h
 
 
-def delta(
-    result: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool,
-    seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def delta(result: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
     """(result + c h Bᵀ, h, an empty tensor); ``result`` is left as it is."""
     out = result.new_empty(result.shape)
-    h = _delta(result, out, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
-    return out, h, lora_A.new_empty(0, dtype=h.dtype)
+    h = _delta(result, out, x, adapter)
+    return out, h, h.new_empty(0)
 
 
-def delta_(
-    result: Tensor, x: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, scaling: float, highest: bool,
-    seed: Tensor | None, dropout_p: float,
-) -> None:  # fmt: skip
+def delta_(result: Tensor, x: Tensor, adapter: Adapter) -> None:
     """result += c h Bᵀ in place; ``result`` is contiguous."""
-    _delta(result, result, x, lora_A, lora_E, lora_B, scaling, highest, seed, dropout_p)
+    _delta(result, result, x, adapter)
     torch.autograd.graph.increment_version(result)  # a kernel's writes go unnoticed otherwise
 
 
 def backward(
-    grad: Tensor, adapter_input: Tensor, h: Tensor, S: Tensor, weight: Tensor | None, lora_A: Tensor,
-    lora_E: Tensor, lora_B: Tensor, scaling: float, shared_input: bool, seed: Tensor | None, dropout_p: float,
-    needs: list[bool],
+    grad: Tensor, adapter_input: Tensor, h: Tensor, S: Tensor, weight: Tensor | None, adapter: Adapter,
+    shared_input: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dx', dA, dE, dB); what ``needs`` (in this order) leaves out is an empty tensor."""
     need_x, need_input, need_A, need_E, need_B = needs
-    rows, inputs, drop = _matrix(grad), _matrix(adapter_input), _Drop.of(seed, dropout_p)
-    dtype, columns = h.dtype, inputs.shape[1]
-    right, left = _factors(lora_A, lora_E, lora_B)
+    rows, inputs, drop = _matrix(grad), _matrix(adapter_input), _Drop.of(adapter)
+    dtype, columns, scaling = h.dtype, inputs.shape[1], adapter.scaling
+    right, left = _factors(adapter)
     both = need_x and shared_input  # dx carries the base's and the adapter's path
     flags = {"base": both and dtype == grad.dtype}
-    problem = problem_of(rows, columns, lora_A.shape[0], dtype, backward=True, **flags)
+    problem = problem_of(rows, columns, adapter.rank, dtype, backward=True, **flags)
     plan = plans.choose(problem, grad.device)
     dx, d_input, dA, dE, dB = (grad.new_empty(0) for _ in needs)
 
@@ -268,10 +258,8 @@ def backward(
     if need_input:
         d_input = _update(None, g, right, inputs.new_empty(inputs.shape), 1.0, drop, plan)
     if need_A or need_E or need_B:
-        whole = problem if problem.base else problem_of(rows, columns, lora_A.shape[0], dtype, backward=True)
-        dA, dE, dB = _factor_gradients(
-            inputs, rows, g, h, lora_A, lora_E, lora_B, scaling, drop, whole, needs[2:]
-        )
+        whole = problem if problem.base else problem_of(rows, columns, adapter.rank, dtype, backward=True)
+        dA, dE, dB = _factor_gradients(inputs, rows, g, h, adapter, drop, whole, needs[2:])
     return (
         dx.view(adapter_input.shape) if need_x else dx,
         d_input.view(adapter_input.shape) if need_input else d_input,
@@ -282,11 +270,12 @@ def backward(
 
 
 def _factor_gradients(
-    inputs: Tensor, grad: Tensor, g: Tensor | None, h: Tensor, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor,
-    scaling: float, drop: _Drop, problem: Problem, needs: list[bool],
+    inputs: Tensor, grad: Tensor, g: Tensor | None, h: Tensor, adapter: Adapter, drop: _Drop,
+    problem: Problem, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dA, dE, dB) through partial sums over ranges of rows; empty where not needed."""
     need_A, need_E, need_B = needs
+    lora_A, lora_E, lora_B, scaling, *_ = adapter
     need_right = need_A or need_E
     rows, rank, padding = grad.shape[0], lora_A.shape[0], problem.rank
     width, height = inputs.shape[1], grad.shape[1]

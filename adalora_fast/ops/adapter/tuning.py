@@ -21,6 +21,7 @@ from adalora_fast.ops.dispatch.timing import input_sets, median_seconds
 
 from . import plans, tuned
 from . import triton as launchers
+from .adapter import Adapter
 from .costs import Machine, OuterPlan, Plan, Problem, ways
 
 Timer = Callable[[list[Callable[[], object]]], float]
@@ -54,17 +55,18 @@ class Layer:
         self.h = [draw(rows, padded) for _ in range(sets)]
 
     def forward(self, dropped: bool) -> list[Callable[[], object]]:
-        seed, p = (self.seed, DROPOUT) if dropped else (None, 0.0)
+        adapter = Adapter(*self.factors, SCALING)
+        if dropped:
+            adapter = adapter._replace(seed=self.seed, dropout_p=DROPOUT)
         return [
-            lambda x=x, w=w: launchers.linear(x, None, w, self.bias, *self.factors, SCALING, False, seed, p)
+            lambda x=x, w=w: launchers.linear(x, None, w, self.bias, adapter)
             for x, w in zip(self.x, self.weights)
         ]
 
     def backward(self, needs: list[bool]) -> list[Callable[[], object]]:
+        adapter = Adapter(*self.factors, SCALING)
         return [
-            lambda x=x, w=w, dy=dy, h=h: launchers.backward(
-                dy, x, h, h, w, *self.factors, SCALING, True, None, 0.0, needs
-            )
+            lambda x=x, w=w, dy=dy, h=h: launchers.backward(dy, x, h, h, w, adapter, True, needs)
             for x, w, dy, h in zip(self.x, self.weights, self.dy, self.h)
         ]
 
