@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import gate
 from benchmarks.digest import code_digest
+from tests.ops.test_kernel_marks import WITHOUT, launches_kernels
 
 
 @pytest.fixture
@@ -72,30 +74,31 @@ def test_every_file_belongs_to_one_op():
     assert "tests/allocator/test_kernels.py" in each["steps"]
 
 
-def test_the_gates_have_every_gpu_test_and_need_few_packages(tmp_path):
-    """All that pytest finds with the mark, but for the proof of what is refused without it."""
+def test_the_gates_need_few_packages(tmp_path):
+    """A machine with a GPU may have nothing but PyTorch, Triton, PEFT and pytest."""
     for name in ("hypothesis", "tyro", "rich", "matplotlib", "xdist", "pytest_timeout"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('absent')")
-
-    def collected(*arguments: str, **variables: str) -> set[str]:
-        done = subprocess.run(
-            [sys.executable, *arguments, "-p", "tests.helpers.pretended_gpu", "--collect-only"],
-            cwd=gate.ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-        return {line for line in done.stdout.splitlines() if "::" in line}
-
+    variables = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     files = gate.files("slow")  # those of all ops
-    found = collected(*gate.TESTS, "-m", "gpu", *files, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    for name in ("hypothesis", "tyro", "rich", "matplotlib", "xdist", "pytest_timeout"):
-        (tmp_path / f"{name}.py").unlink()
-    every = collected("-m", "pytest", "-m", "gpu", "-q", "tests/ops", "tests/nn", "tests/allocator")
-    assert len(found) > 500
-    assert every - found == set()
+    done = subprocess.run(
+        [sys.executable, *gate.TESTS, "-m", "gpu", *files, "-p", "tests.helpers.pretended_gpu",
+         "--collect-only"],
+        cwd=gate.ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    assert sum("::" in line for line in done.stdout.splitlines()) > 500
+
+
+def test_the_gates_have_every_gpu_test(request):
+    """The files whose tests carry the mark in this session, and those that launch kernels, which carry it
+    where there is a GPU.
+    """
+    rooms = [gate.ROOT / "tests" / room for room in ("ops", "nn", "allocator")]
+    marked = {item.path for item in request.session.items if item.get_closest_marker("gpu")}
+    launching = {path for room in rooms for path in room.rglob("test_*.py") if launches_kernels(path)}
+    wanted = {path for path in marked | launching if any(map(path.is_relative_to, rooms))}
+    missing = {str(path.relative_to(gate.ROOT)) for path in wanted} - {*gate.files("slow"), *WITHOUT}
+    assert {Path(name).name for name in missing} <= set(gate.LEFT_OUT) and launching
 
 
 def test_gates_of_other_code_do_not_count(tmp_path):

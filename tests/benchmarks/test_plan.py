@@ -194,6 +194,8 @@ def test_a_dry_run(tmp_path):
     assert saved["graph"] == "done" and saved["tuning"] == "not run" and saved["bookkeeping"] == "done"
     figures = json.loads((tmp_path / "graph.json").read_text())["contestants"]
     assert all("needs a CUDA device" in one["missing"] for one in figures.values())
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = results["rows"]
+    assert results["scale"] == "tiny" and all(row["what"]["backend"] == "triton" for row in rows)
     assert {row["suite"] for row in rows if row["value"]} == {"importance", "orthogonality", "allocation"}
     assert "Written to" in done.stdout and (tmp_path / "bookkeeping.log").exists()

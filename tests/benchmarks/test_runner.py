@@ -326,17 +326,6 @@ def test_timings_without_a_gpu_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_dry_run_of_a_suite(tmp_path):
-    path = tmp_path / "plan.json"
-    options = ("--dry-run", "--skip-gate", "--only", "allocation", "--output", str(path))
-    done = command("-m", "benchmarks.timings", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = read(path)
-    assert found.scale == "tiny" and found.gate is None and len(found.done()) == 3
-    assert all(row.missing is None and row.what["backend"] == "triton" for row in found.rows)
-    assert "[3/3] allocation: " in done.stdout
-
-
 def test_the_cpu_command_takes_threads_and_refuses_unknown_suites():
     done = command("-m", "benchmarks.cpu", "--only", "nothing")
     assert done.returncode == 1 and "there is no suite nothing; choose from adapter" in done.stderr
