@@ -37,7 +37,7 @@ def test_the_script_trains_and_prints_ranks(tmp_path, monkeypatch, capsys):
     assert saved.peft_type == "LORA" and saved.r == max(ranks.values())
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "test", "docs"])
 def test_its_commands_are_targets(target):
     assert re.search(rf"\bmake {target}\b", README)
     assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.M)
