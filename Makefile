@@ -51,9 +51,10 @@ dist: $(STAMP) ## make dist/: the source distribution, and the wheel with the C+
 demo: $(NATIVE) ## fine-tune a small encoder with every score, on this machine (ARGS="--fast" for a short one)
 	$(BIN)/adalora-fast demo $(ARGS)
 
+# Without --quiet, under which MkDocs does not count the warnings that --strict is about.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP) ## build docs/ as a site into site/; a broken link fails
-	$(BIN)/mkdocs build --strict --quiet $(ARGS)
+	$(BIN)/mkdocs build --strict $(ARGS)
 	@echo "Open site/index.html, or serve it (search needs that): python3 -m http.server -d site"
 
 test: export HF_HUB_OFFLINE = 1
