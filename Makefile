@@ -15,7 +15,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dist demo test test-newest compat peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
+.PHONY: help venv build dist demo docs test test-newest compat peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV): the package and the pinned versions of constraints.txt. PyTorch is large: this takes a minute or more."
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: make PYTHON=python3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,quantized,cluster,dev]'; \
+	@began=$$SECONDS; ADALORA_FAST_STRICT_BUILD=0 $(BIN)/python -m $(INSTALL) -c constraints.txt -e '.[demo,experiments,quantized,cluster,dev,docs]'; \
 	  echo "$(VENV) is ready after $$((SECONDS - began)) s: $$($(BIN)/python -c 'import sys, torch; print("Python", sys.version.split()[0], "and PyTorch", torch.__version__)')"
 	@touch $@
 
@@ -50,6 +50,12 @@ dist: $(STAMP) ## make dist/: the source distribution, and the wheel with the C+
 
 demo: $(NATIVE) ## fine-tune a small encoder with every score, on this machine (ARGS="--fast" for a short one)
 	$(BIN)/adalora-fast demo $(ARGS)
+
+# Without --quiet, under which MkDocs does not count the warnings that --strict is about.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP) ## build docs/ as a site into site/; a broken link fails
+	$(BIN)/mkdocs build --strict $(ARGS)
+	@echo "Open site/index.html, or serve it (search needs that): python3 -m http.server -d site"
 
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS ?= 1
@@ -115,9 +121,9 @@ aot: $(STAMP) ## compile every kernel for sm_80 and sm_90 (no GPU needed) and wr
 lock: ## resolve every dependency afresh into constraints.txt
 	@place=$$(mktemp -d); trap 'rm -rf "$$place"' EXIT; \
 	$(PYTHON) -m venv "$$place/venv"; \
-	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,quantized,cluster,dev]'; \
+	"$$place/venv/bin/python" -m $(INSTALL) torch==$(TORCH) triton==$(TRITON) -e '.[demo,experiments,quantized,cluster,dev,docs]'; \
 	"$$place/venv/bin/python" -m pip check; \
-	{ echo "# Every dependency of adalora-fast[demo,experiments,quantized,cluster,dev], pinned. Made by \`make lock\`; do not edit."; \
+	{ echo "# Every dependency of adalora-fast[demo,experiments,quantized,cluster,dev,docs], pinned. Made by \`make lock\`; do not edit."; \
 	  echo "# triton is the version that torch's CUDA build asks for; its CPU build takes any."; \
 	  "$$place/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip \
 	    | sed 's/+[^ ]*$$//' | grep -vE '^(nvidia|cuda)-'; } > "$$place/constraints.txt"; \
@@ -125,7 +131,7 @@ lock: ## resolve every dependency afresh into constraints.txt
 	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
 
 clean: ## remove caches and builds
-	rm -rf adalora_fast/*.so $(NATIVE) build dist .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
+	rm -rf adalora_fast/*.so $(NATIVE) build dist site .benchmarks .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too

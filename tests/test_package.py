@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt",
-         "CHANGELOG.md", "CONTRIBUTING.md")  # fmt: skip
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile", "mkdocs.yml",
+         "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md")  # fmt: skip
 FOLDERS = ("adalora_fast", "csrc", "docs", "tests", "benchmarks")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "*.not-built.txt", "results")
 NOTE = "adalora_fast/_C.not-built.txt"
