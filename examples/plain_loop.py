@@ -10,7 +10,7 @@ torch.manual_seed(0)
 STEPS = 200
 model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
 for place in (0, 2, 4):  # the base is frozen, the adapter is trained
-    model[place] = AdaLoraLinear.from_linear(model[place], init_r=8, lora_alpha=16)
+    model[place] = AdaLoraLinear.from_linear(model[place], 8, alpha=16)
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=5e-3)
 allocator = RankAllocator(model, target_r=3, tinit=20, tfinal=60, deltaT=5, total_step=STEPS, score="fisher")

@@ -37,12 +37,14 @@ def vision() -> ViTForImageClassification:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 (padding), w1 (end), w2, ...; instead of AutoTokenizer.from_pretrained("...")."""
+    """Words w2, w3, ...; instead of AutoTokenizer.from_pretrained("...")."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    vocabulary = {"<pad>": 0, "<end>": 1} | {f"w{i}": i for i in range(2, WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def sentences(count: int = 256) -> list[dict]:
