@@ -316,7 +316,7 @@ def cells_of(dom, table):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page with")
 def test_a_browser_draws_it(folder, text, tmp_path):
-    """The chosen run's map, its curves, a column sorted by a click, every map played, and a silent console."""
+    """The chosen run's map, its curves, a column sorted by a click, every map played, a silent console."""
     script = "<script>document.querySelectorAll('#results thead button')[1].click()</script></body>"
     path = tmp_path / "page.html"
     path.write_text(text.replace("</body>", script))
