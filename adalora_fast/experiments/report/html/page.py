@@ -51,7 +51,6 @@ def page(content: dict[str, Any]) -> str:
         "data": f'<script type="application/json" id="data">{data}</script>',
         "scripts": "\n".join(f"<script>\n{_read(name)}</script>" for name in SCRIPTS),
     }
-    # In one pass: what looks like a place in the data stays as it is.
     return re.sub(r"<!-- (title|style|data|scripts) -->", lambda place: parts[place[1]], _read("page.html"))
 
 
