@@ -171,24 +171,30 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Tables and pictures of a sweep; of any other folder, a table of the complete runs below it."""
+    """Tables and pictures of a sweep; of any other folder, a table of the complete runs in and below it."""
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """Where to look."""
     output: Path | None = None
-    """Where a sweep's report goes (default: report/ in its folder)."""
+    """Where a sweep's report, and report.html, go (default: report/ in the folder)."""
+    html: bool = False
+    """Also one HTML page, of a sweep, a run or a folder of runs: tables, rank maps and curves of the runs."""
 
     def run(self, console: "Console") -> None:
-        from adalora_fast.experiments.report import find_runs, load_results, results_table, write_report
+        from adalora_fast.experiments import report
+        from adalora_fast.experiments.report import find_runs, load_results, results_table
 
         if (self.folder / "plan.json").is_file():
-            for path in write_report(self.folder, self.output):
+            for path in report.write_report(self.folder, self.output, as_html=self.html):
                 console.print(str(path), highlight=False, markup=False, soft_wrap=True)
             return
         folders = find_runs(self.folder)
         if not folders:
             raise FileNotFoundError(f"no complete run below {self.folder}; give the folder that holds them")
         console.print(results_table(load_results(folders)))
+        if self.html:
+            path = report.write_folder_page(self.folder, folders, self.output)
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ def test_train_again_and_report(capsys, here):
     assert (here / "out" / "result.json").stat().st_mtime_ns == before
     code, out, err = run(capsys, ["report", "."])
     assert code == 0 and "fisher" in out and f"{result['primary']:.3f}" in out and err == ""
+    code, out, err = run(capsys, ["report", "out", "--html"])
+    assert code == 0 and "out/report/report.html" in out.replace("\n", "") and err == ""
+    assert f'"seed":{result["seed"]}' in (here / "out" / "report" / "report.html").read_text()
 
 
 def test_evaluate(capsys, here):
@@ -120,6 +123,10 @@ def test_a_sweep_and_its_report(capsys, here):
     assert "uniform" in text and "head" in text
     code, out, _ = run(capsys, ["report", "out", "--output", "there"])
     assert code == 0 and (here / "there" / "report.md").is_file()
+    assert not list(here.rglob("report.html"))
+    code, out, err = run(capsys, ["report", "out", "--html"])
+    assert code == 0 and err == "" and "out/report/report.html" in out.replace("\n", "")
+    assert (here / "out" / "report" / "report.html").is_file()
 
 
 def test_a_sweep_with_a_failure_says_so_with_its_exit_code(capsys, here):

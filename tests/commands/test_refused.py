@@ -120,6 +120,7 @@ def test_report_of_a_foreign_result(capsys, here, content):
     (here / "theirs").mkdir()
     (here / "theirs" / "result.json").write_text(content)
     assert "result.json" in refused(capsys, ["report", "theirs"])
+    assert "result.json" in refused(capsys, ["report", "theirs", "--html"])
 
 
 @pytest.mark.parametrize(

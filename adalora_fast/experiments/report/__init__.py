@@ -4,7 +4,7 @@ from typing import Any
 
 from adalora_fast.experiments.run.runs_table import find_runs, load_results, results_table
 
-__all__ = ["find_runs", "load_results", "results_table", "write_report"]
+__all__ = ["find_runs", "load_results", "results_table", "write_folder_page", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from .write import write_report
 
         return write_report
+    if name == "write_folder_page":
+        from .html import write_folder_page
+
+        return write_folder_page
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

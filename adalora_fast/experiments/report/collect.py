@@ -287,6 +287,11 @@ def _read_run(place: Path, task: str, arm: str, seed: int) -> Run:
     primary = result["primary"]
     if isinstance(primary, bool) or not isinstance(primary, int | float) or not -1 <= primary <= 1:
         raise ValueError(f"{path}: primary is {primary!r}, not a fraction; run it again")
+    return run_of(place, result)
+
+
+def run_of(place: Path, result: dict[str, Any]) -> Run:
+    """The run in a folder, whose result.json is read already."""
     config = read_object(place / "config.json") if (place / "config.json").is_file() else {}
     return Run(
         folder=place,

@@ -253,10 +253,10 @@ def _is_news(earlier: str, contrast: Contrast) -> bool:
 
 def _brief(contrast: Contrast) -> str:
     e = contrast.estimate
-    return f"{signed(e.value)} ({signed(e.bounds.low)} to {signed(e.bounds.high)}): {_verdict(contrast)}"
+    return f"{signed(e.value)} ({signed(e.bounds.low)} to {signed(e.bounds.high)}): {verdict_words(contrast)}"
 
 
-def _verdict(contrast: Contrast) -> str:
+def verdict_words(contrast: Contrast) -> str:
     """With the 90 % interval where it says that two arms are alike."""
     e = contrast.estimate
     if "within" not in contrast.verdict and "less than" not in contrast.verdict:
@@ -278,7 +278,7 @@ def contrast_table(sweep: Sweep, found: list[Contrast]) -> str:
         e = contrast.estimate
         mark = f" {LATE}" if {contrast.a, contrast.b} in late and contrast.is_declared else ""
         row: list[Any] = [
-            task_name(contrast.task), f"{contrast.a} − {contrast.b}{mark}", _verdict(contrast),
+            task_name(contrast.task), f"{contrast.a} − {contrast.b}{mark}", verdict_words(contrast),
             contrast.seeds, signed(e.value), f"{signed(e.bounds.low)} to {signed(e.bounds.high)}",
             probability(e.bounds.p),
         ]  # fmt: skip

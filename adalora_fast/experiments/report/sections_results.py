@@ -43,7 +43,7 @@ def results(sweep: Sweep, contrasts: Contrasts) -> str:
     )
     if several:
         note += " The average is over complete rows only, and no published average is comparable with it."
-    parts = [markdown(head, rows), note, intervals(sweep, contrasts), _chance(sweep), _ties(best)]
+    parts = [markdown(head, rows), note, intervals(sweep, contrasts), chance(sweep), ties(best)]
     parts += [_glue(sweep), _details(sweep)]
     return "\n\n".join(filter(None, parts))
 
@@ -75,7 +75,7 @@ def intervals(sweep: Sweep, contrasts: Contrasts) -> str:
     return f"<details><summary>{title}</summary>\n\n{table}\n\n{text}\n\n</details>"
 
 
-def _chance(sweep: Sweep) -> str:
+def chance(sweep: Sweep) -> str:
     """What the majority class alone gives, on which tasks no arm is far from it, and which arms ended there
     on a task that others learnt.
     """
@@ -123,7 +123,8 @@ def _majority(sweep: Sweep, task: str) -> float | None:
     return None
 
 
-def _ties(best: dict[str, list[str]]) -> str:
+def ties(best: dict[str, list[str]]) -> str:
+    """Of `winners`: the tasks on which no arm leads beyond chance, and the arms that share the lead there."""
     lines = [
         f"- {task_name(task)}: {arms[0]}, and {', '.join(arms[1:])}."
         for task, arms in best.items()

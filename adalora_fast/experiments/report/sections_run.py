@@ -14,41 +14,18 @@ from .sections_settings import scores, settings
 from .tables import markdown, task_name
 
 STATES = ("failed", "unfinished", "not started")  # what needs a look comes first
+SAMPLE = "Trained or evaluated on a sample of the official data: not comparable with published numbers."
 FEW = 8  # runs that are named one by one
 
 
 def what_was_run(sweep: Sweep) -> str:
     """Plan, model, dates, machine and versions; the recipe of every task as its runs had it; tuning."""
-    plan, runs = sweep.plan, list(sweep.runs.values())
-    planned = len(plan.tasks) * len(plan.arms) * len(plan.seeds)
-    places = [run.environment for run in runs] or [plan.environment]
-    started = sorted(place["started"] for place in places if isinstance(place.get("started"), str))
-    facts = [
-        ("model", distinct(shown_base(run.result["model"]) for run in runs) or shown_base(plan.model)),
-        ("arms", ", ".join(plan.arms)),
-        ("tasks", ", ".join(task_name(t) + ("*" if sweep.is_sample(t) else "") for t in plan.tasks)),
-        ("seeds", ", ".join(map(str, plan.seeds))),
-        ("runs", f"{len(runs)} of {planned} complete"),
-        (
-            "started",
-            started[0] + (f" to {started[-1]}" if started[-1] != started[0] else "") if started else "–",
-        ),
-        ("commit", distinct(p.get("commit") or "unknown" for p in places)),
-        ("machine", distinct(map(_machine, places))),
-        ("base weights", distinct(run.settings.get("dtype", "float32") for run in runs) or "–"),
-        ("versions", distinct(map(_versions, places))),
-    ]
+    plan = sweep.plan
     parts = [plan.description] if plan.description else []
-    changes = changed_from_the_recipe(plan)
-    if changes:
-        changed = ", ".join(f"{name} = {value}" for name, value in changes.items())
-        parts.append(f"**Changed from the recipe, whatever is said of it above: {changed}.**")
-    parts.append(markdown(("", ""), facts, left=2))
+    parts += [warning] if (warning := changed_warning(plan)) else []
+    parts.append(markdown(("", ""), run_facts(sweep), left=2))
     if any(sweep.is_sample(task) for task in plan.tasks):
-        parts.append(
-            "\\* Trained or evaluated on a sample of the official data: not comparable with "
-            "published numbers."
-        )
+        parts.append(f"\\* {SAMPLE}")
     parts.append(_data(sweep))
     parts += [settings(sweep), scores(sweep)]
     if plan.tuning:
@@ -65,6 +42,36 @@ def what_was_run(sweep: Sweep) -> str:
     ]
     parts.append(_beside_the_plan(sweep))
     return "\n\n".join(filter(None, parts))
+
+
+def run_facts(sweep: Sweep) -> list[tuple[str, str]]:
+    """(what, its value): plan, model, dates, commits, machines and versions."""
+    plan, runs = sweep.plan, list(sweep.runs.values())
+    planned = len(plan.tasks) * len(plan.arms) * len(plan.seeds)
+    places = [run.environment for run in runs] or [plan.environment]
+    started = sorted(place["started"] for place in places if isinstance(place.get("started"), str))
+    return [
+        ("model", distinct(shown_base(run.result["model"]) for run in runs) or shown_base(plan.model)),
+        ("arms", ", ".join(plan.arms)),
+        ("tasks", ", ".join(task_name(t) + ("*" if sweep.is_sample(t) else "") for t in plan.tasks)),
+        ("seeds", ", ".join(map(str, plan.seeds))),
+        ("runs", f"{len(runs)} of {planned} complete"),
+        (
+            "started",
+            started[0] + (f" to {started[-1]}" if started[-1] != started[0] else "") if started else "–",
+        ),
+        ("commit", distinct(p.get("commit") or "unknown" for p in places)),
+        ("machine", distinct(map(machine_of, places))),
+        ("base weights", distinct(run.settings.get("dtype", "float32") for run in runs) or "–"),
+        ("versions", distinct(map(versions_of, places))),
+    ]
+
+
+def changed_warning(plan: Plan) -> str:
+    """What of the recipe's description the plan's overrides make untrue; "" if nothing."""
+    changes = changed_from_the_recipe(plan)
+    changed = ", ".join(f"{name} = {value}" for name, value in changes.items())
+    return f"**Changed from the recipe, whatever is said of it above: {changed}.**" if changes else ""
 
 
 def _added(value: Any) -> str:
@@ -112,14 +119,16 @@ def _beside_the_plan(sweep: Sweep) -> str:
     return "\n\n".join(lines)
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine_of(environment: dict[str, Any]) -> str:
+    """Its graphics processors, or else its processor and the threads in use."""
     machine = environment.get("machine") or {}
     gpus = ", ".join(machine.get("gpus") or [])
     threads = f", {machine['threads']} thread(s)" if machine.get("threads") and not gpus else ""
     return (gpus or machine.get("processor") or "unknown") + threads
 
 
-def _versions(environment: dict[str, Any]) -> str:
+def versions_of(environment: dict[str, Any]) -> str:
+    """Such as "python 3.11.7 torch 2.13.0"; "unknown" where none were written."""
     versions = environment.get("versions") or {}
     names = ("python", "torch", "transformers", "peft", "adalora_fast")
     return " ".join(f"{name} {versions[name]}" for name in names if name in versions) or "unknown"

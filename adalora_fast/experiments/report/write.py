@@ -9,15 +9,16 @@ from .collect import read_sweep
 from .contrasts import compare_all
 from .document import MARK, document
 from .figures import draw_figures
+from .html import sweep_page
 from .tables import as_csv, contrast_rows, latex, published_rows, result_rows, table_rows
 
 NOT_ALWAYS = ("ranks-*.png", "ranks-*.svg", "curves-*.png", "curves-*.svg", "agreement.png",
-              "agreement.svg", "contrasts.png", "contrasts.svg", "published.csv")  # fmt: skip
+              "agreement.svg", "contrasts.png", "contrasts.svg", "published.csv", "report.html")  # fmt: skip
 
 
-def write_report(sweep_folder: Path, output: Path | None = None) -> list[Path]:
-    """Write report.md, results.csv, table.csv, contrasts.csv, table.tex and the figures of a sweep, and
-    published.csv where there are published numbers to set beside it.
+def write_report(sweep_folder: Path, output: Path | None = None, *, as_html: bool = False) -> list[Path]:
+    """Write report.md, results.csv, table.csv, contrasts.csv, table.tex and the figures of a sweep,
+    published.csv where there are published numbers to set beside it, and report.html where it is asked for.
 
     A pure function of the files in `sweep_folder`: the same files give the same bytes. Missing, unfinished
     and failed runs are listed with their reason. `output` is OUT/report by default; what an earlier report
@@ -51,6 +52,8 @@ def write_report(sweep_folder: Path, output: Path | None = None) -> list[Path]:
         }
         if published := published_rows(sweep):
             texts["published.csv"] = as_csv(published)
+        if as_html:
+            texts["report.html"] = sweep_page(sweep, contrasts, tuple(remarks))
         for name, text in texts.items():
             (beside / name).write_text(text, encoding="utf-8")
         names = [*texts, *sorted(path.name for path in beside.iterdir() if path.name not in texts)]
