@@ -15,7 +15,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dist demo docs test test-newest compat peft-suite lint format sanitize cuda bench bench-compare aot lock clean distclean
+.PHONY: help venv build dist demo docs test test-newest compat peft-suite lint format sanitize cuda examples bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -104,6 +104,10 @@ sanitize: ## run the C++ kernels under the address, undefined-behaviour and thre
 
 cuda: $(STAMP) ## compile the CUDA sources for every GPU they are for, without one (needs nvcc)
 	$(BIN)/python -m pytest -q -rs tests/ops/test_cuda_allocation.py -k compiles
+
+examples: export HF_HUB_OFFLINE = 1
+examples: $(NATIVE) ## run every example of examples/ (ARGS="-k trainer" for some)
+	$(BIN)/python -m pytest -q tests/test_examples.py $(ARGS)
 
 bench: $(NATIVE) ## run the CPU benchmarks (ARGS="--quick --only step importance" for some)
 	$(BIN)/python -m benchmarks.op_counts

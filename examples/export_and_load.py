@@ -27,6 +27,7 @@ loaded = PeftModel.from_pretrained(decoder(), "runs/lora").eval()  # nothing of 
 with torch.no_grad():
     ours, plain = model.eval()(input_ids=batch).logits, loaded(input_ids=batch).logits
     base = decoder()(input_ids=batch).logits
-print(f"largest difference {(ours - plain).abs().max():.1e}; the adapter changes {(ours - base).abs().max():.2f}")
+print(f"largest difference {(ours - plain).abs().max():.1e}")
+print(f"the adapter changes {(ours - base).abs().max():.2f}")
 assert torch.allclose(ours, plain, atol=1e-5)
 assert not torch.allclose(ours, base, atol=1e-2)

@@ -19,7 +19,7 @@ allocator.attach(optimizer)  # from here on it follows every optimizer.step()
 x, teacher = torch.randn(512, 16), torch.randn(16, 4)
 y = x @ teacher
 losses = []
-for step in range(STEPS):
+for _ in range(STEPS):
     rows = torch.randint(0, len(x), (64,))
     loss = nn.functional.mse_loss(model(x[rows]), y[rows])
     (loss + 0.1 * orthogonality_loss(model)).backward()

@@ -26,9 +26,14 @@ data = {"anchor": anchors, "positive": anchors[1:] + anchors[:1], "score": [floa
 trainer = SentenceTransformerTrainer(
     model=model,
     args=SentenceTransformerTrainingArguments(
-        "runs/embeddings", max_steps=40, learning_rate=5e-3, per_device_train_batch_size=8, use_cpu=True,
-        report_to=[], disable_tqdm=True,
-    ),  # fmt: skip
+        "runs/embeddings",
+        max_steps=40,
+        learning_rate=5e-3,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    ),
     train_dataset=Dataset.from_dict(data),
     loss=CosineSimilarityLoss(model),
     callbacks=[AdaLoraCallback()],

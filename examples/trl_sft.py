@@ -15,9 +15,17 @@ model = fuse(get_peft_model(decoder(), config), score="fisher")  # decoder(): fr
 trainer = SFTTrainer(
     model,
     SFTConfig(
-        "runs/sft", max_steps=60, learning_rate=5e-3, per_device_train_batch_size=8, logging_steps=10,
-        max_length=16, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
-    ),  # fmt: skip
+        "runs/sft",
+        max_steps=60,
+        learning_rate=5e-3,
+        per_device_train_batch_size=8,
+        logging_steps=10,
+        max_length=16,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+    ),
     train_dataset=Dataset.from_dict({"text": texts()}),
     processing_class=tokenizer(),
     callbacks=[AdaLoraCallback()],

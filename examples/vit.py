@@ -8,8 +8,9 @@ from transformers import Trainer, TrainingArguments
 from adalora_fast import AdaLoraCallback, fuse
 
 base = vision()  # AutoModelForImageClassification.from_pretrained("...", num_labels=2)
+modules = dict(base.vit.named_modules())
 linears = [
-    name for name, module in base.vit.named_modules() if "layer" in name and isinstance(module, torch.nn.Linear)
+    name for name, module in modules.items() if "layer" in name and isinstance(module, torch.nn.Linear)
 ]
 model = get_peft_model(
     base,
@@ -26,9 +27,15 @@ fuse(model, score="gsnr")
 trainer = Trainer(
     model,
     TrainingArguments(
-        "runs/vit", num_train_epochs=3, learning_rate=5e-3, per_device_train_batch_size=16, logging_steps=8,
-        use_cpu=True, report_to=[], disable_tqdm=True,
-    ),  # fmt: skip
+        "runs/vit",
+        num_train_epochs=3,
+        learning_rate=5e-3,
+        per_device_train_batch_size=16,
+        logging_steps=8,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    ),
     train_dataset=images(),
     callbacks=[AdaLoraCallback()],
 )

@@ -2,10 +2,11 @@
 
 from .adapter import adalora_delta_, adalora_linear
 from .allocation import allocate_, apply_mask_, select_triplets
-from .importance import importance_scores, importance_update_
+from .importance import ScoreRule, importance_scores, importance_update_
 from .orthogonality import orthogonality
 
 __all__ = [
+    "ScoreRule",
     "adalora_delta_",
     "adalora_linear",
     "allocate_",
