@@ -38,5 +38,5 @@ def warn_of_untrained_heads(tuner: AdaLoraModel, adapter: str) -> None:
             f"weights there are random; put {names[0].partition('.')[0]!r} into modules_to_save, or name "
             "target_modules without it",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

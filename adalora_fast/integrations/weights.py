@@ -50,5 +50,5 @@ def warn_of_trained(allocator: RankAllocator, adapter: str) -> None:
             "run, call "
             f"model.load_adapter(folder, {adapter!r}, is_trainable=True) now, which reads its state",
             UserWarning,
-            stacklevel=3,
+            stacklevel=5,
         )

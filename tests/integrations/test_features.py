@@ -1,5 +1,6 @@
 """What people do around a training step, with PEFT's AdaLoRA and with the fused model: the same comes out."""
 
+import shutil
 import warnings
 
 import pytest
@@ -85,7 +86,16 @@ def test_a_run_under_autocast_with_a_scaler_reaches_the_budget(dtype):
 # -- torch.compile -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+INDUCTOR = pytest.param(  # PyTorch's compiler for real, with the C++ that it writes
+    "inductor",
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"),
+    ],
+)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_a_compiled_model_trains_as_pefts_plain_one(backend):
     torch.compiler.reset()
     peft, ours = awake_and_fused(build)

@@ -229,3 +229,21 @@ def test_a_model_that_is_cast_afterwards():
     for name, expected in theirs["tensors"].items():
         assert ours["tensors"][name].dtype == expected.dtype, name
         assert torch.equal(ours["tensors"][name], expected), name
+
+
+def test_warnings_name_the_line_that_fuses():
+    """Whatever is between: a warning that points into the package says nothing to its user."""
+    with pytest.warns(UserWarning, match="empty statistics") as found:
+        fuse(awake(adapted("bert")))
+    given = get_peft_model(adapted("bert").get_base_model(), inference_config(inference_mode=False))
+    given.peft_config["default"].rank_pattern = {
+        f"{name}.lora_E": [True] * 6 for name in adapter_layers(given.base_model.model)
+    }
+    with pytest.warns(UserWarning, match="rank_pattern is dropped") as dropped:
+        fuse(given)
+    ours = [
+        warning.filename
+        for warning in (*found, *dropped)
+        if "empty statistics" in str(warning.message) or "is dropped" in str(warning.message)
+    ]
+    assert len(ours) >= 2 and set(ours) == {__file__}
