@@ -15,7 +15,7 @@ SHELL       := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dist demo docs test test-newest compat peft-suite lint format sanitize cuda examples bench bench-compare aot lock clean distclean
+.PHONY: help venv build dist demo docs test test-newest compat peft-suite lint types format sanitize cuda examples bench bench-compare aot lock clean distclean
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.stamp
@@ -86,6 +86,9 @@ lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+types: $(STAMP) ## check the types of the rooms that pyproject.toml names under [tool.pyright]
+	$(BIN)/pyright
 
 format: $(STAMP) ## put style and format right
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ That their masks are the same too is made sure of at every allocation: the first
 :mod:`adalora_fast.distributed.shards` the functions here do the same for a model under ``fully_shard``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,9 @@ def add_(values: Tensor, lora_E: list[Tensor]) -> None:
     """λ ← λ + ``values`` [T], over Λ [r, 1] of every matrix that may be sharded."""
     values, lora_E = _held(values, lora_E)
     parts = values.split([of_one.shape[0] for of_one in lora_E])
-    torch._foreach_add_(lora_E, [part.view_as(to).to(to) for part, to in zip(parts, lora_E, strict=True)])
+    torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage] - the only call for many tensors
+        lora_E, [part.view_as(to).to(to) for part, to in zip(parts, lora_E, strict=True)]
+    )
 
 
 def _held(of_triplets: Tensor, lora_E: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -107,12 +109,12 @@ def all_finite(tensors: list[Tensor]) -> bool:
     return finite if shards is None else bool(shards.all_of(torch.tensor(finite, device=tensors[0].device)))
 
 
-def whole(tensors: list[Tensor]) -> list[Tensor]:
+def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same, in whole where they are sharded, for something that every process computes alike: of its
     gradient each keeps the rows that it holds.
     """
     shards = shards_of(tensors)
-    return tensors if shards is None else gather_whole(shards, tensors)
+    return list(tensors) if shards is None else gather_whole(shards, tensors)
 
 
 def refuse_emptied(parameters: Iterable[Tensor]) -> None:

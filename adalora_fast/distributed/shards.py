@@ -10,8 +10,10 @@ The regulariser needs whole factors: they are gathered with one collective, ever
 and the gradient's own rows go back to the shard.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +21,16 @@ from torch import Tensor
 
 from adalora_fast.ops.importance import SIGNALS, ScoreRule, layout_of, reference
 
+# Gradients may be missing, parameters are not.
+AnyTensor = TypeVar("AnyTensor", Tensor, Tensor | None)
+
 
 def is_running() -> bool:
     """Whether processes were told of each other."""
     return dist.is_available() and dist.is_initialized()
 
 
-def shards_of(tensors: list[Tensor]) -> "Shards | None":
+def shards_of(tensors: Sequence[Tensor]) -> "Shards | None":
     """How ``tensors`` are sharded; None if no one is.
 
     Raises:
@@ -38,7 +43,8 @@ def shards_of(tensors: list[Tensor]) -> "Shards | None":
     sharded = [isinstance(tensor, DTensor) for tensor in tensors]
     if not any(sharded):
         return None
-    first = tensors[sharded.index(True)]
+    cut_ones = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    first = cut_ones[0]
     mesh, placements = first.device_mesh, first.placements
     cut = [dimension for dimension, placement in enumerate(placements) if not placement.is_replicate()]
     if len(cut) > 1 or any(not placements[dimension].is_shard(0) for dimension in cut):
@@ -46,8 +52,8 @@ def shards_of(tensors: list[Tensor]) -> "Shards | None":
             f"an adapter factor is placed as {placements}; only fully_shard's sharding along dimension 0 is "
             "known: leave adapters out of tensor parallelism"
         )
-    for tensor, is_sharded in zip(tensors, sharded, strict=True):
-        if is_sharded and (tensor.device_mesh != mesh or tensor.placements != placements):
+    for tensor in cut_ones:
+        if tensor.device_mesh != mesh or tensor.placements != placements:
             raise ValueError(
                 f"adapter factors are sharded in two ways, {placements} over {mesh} and {tensor.placements} "
                 f"over {tensor.device_mesh}; give every fully_shard the same mesh"
@@ -57,7 +63,7 @@ def shards_of(tensors: list[Tensor]) -> "Shards | None":
         group=group,
         rank=dist.get_rank(group) if cut else 0,
         size=dist.get_world_size(group) if cut else 1,
-        shapes=tuple(tuple(tensor.shape) for tensor in tensors),
+        shapes=tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors),
         sharded=tuple(sharded),
     )
 
@@ -87,14 +93,14 @@ class Shards:
         share = -(-count // self.size)
         return min(rank * share, count), min((rank + 1) * share, count)
 
-    def held(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    def held(self, tensors: Sequence[AnyTensor]) -> list[AnyTensor]:
         """The parts of ``tensors`` that this process holds; they share memory with them.
 
         Raises:
             ValueError: they are others than expected.
         """
         parts = [
-            tensor.to_local() if tensor is not None and cut else tensor
+            tensor.to_local() if tensor is not None and cut else tensor  # pyright: ignore[reportAttributeAccessIssue] - a DTensor
             for tensor, cut in zip(tensors, self.sharded, strict=True)
         ]
         for i, part in enumerate(parts):
@@ -104,7 +110,7 @@ class Shards:
                     f"process {self.rank} of {self.size} holds {part.shape[0]} rows of a factor "
                     f"{self.shapes[i]}, {stop - start} were expected; shard it with fully_shard"
                 )
-        return parts
+        return parts  # pyright: ignore[reportReturnType] - None only where it was given
 
     def all_of(self, flag: Tensor) -> Tensor:
         """Whether the bool scalar holds in every process."""
@@ -153,7 +159,7 @@ class Shards:
         ]
 
 
-def gather_whole(shards: Shards, tensors: list[Tensor]) -> list[Tensor]:
+def gather_whole(shards: Shards, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The whole tensors, for something that every process computes alike; differentiable."""
     return list(_Gather.apply(shards, *shards.held(tensors)))
 

@@ -141,7 +141,8 @@ class AdaLoraLinear(nn.Module):
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
         )
-        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
         carry_over(self, linear, AdaLoraLinear(1, 1, 1, device="meta"))
         carry_hooks(self, linear, without=is_called)
         return linear.train(self.training)
@@ -154,7 +155,7 @@ class AdaLoraLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Draw W and b as ``nn.Linear`` does, and the adapter anew."""
         if self.weight.device.type != "meta":
-            nn.Linear.reset_parameters(self)
+            nn.Linear.reset_parameters(self)  # pyright: ignore[reportArgumentType] - it has all of a Linear's parts
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:

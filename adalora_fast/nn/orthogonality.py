@@ -55,11 +55,12 @@ def orthogonality_loss(model: nn.Module, penalty: str = "fro") -> Tensor:
         ValueError: no adapted layer, an unknown penalty, or several allocators of which one scores the task's
             gradient alone.
     """
-    factors = [find() for find in adapted_layers(model).values()]
+    found = (find() for find in adapted_layers(model).values())
+    factors = [of_one for of_one in found if of_one is not None]
     if not factors:
         raise ValueError(nothing_adapted(model))
-    found = [module.__dict__.get("rankallocator") for module in model.modules()]
-    allocators = list({id(allocator): allocator for allocator in found if allocator is not None}.values())
+    given = [module.__dict__.get("rankallocator") for module in model.modules()]
+    allocators = list({id(allocator): allocator for allocator in given if allocator is not None}.values())
     if len(allocators) > 1 and any(allocator.score_gradient == "task" for allocator in allocators):
         raise ValueError(
             f"{type(model).__name__} has {len(allocators)} allocators, and score_gradient='task' asks for "

@@ -62,7 +62,7 @@ def more_than_its_product(linear: nn.Linear) -> str | None:
     if isinstance(linear, LazyModuleMixin):
         return f"is a {type(linear).__name__} without a weight; run one batch through the model first"
     if is_parametrized(linear):
-        names = list(linear.parametrizations)
+        names = list(linear.get_submodule("parametrizations")._modules)
         return (
             f"has a parametrized {', '.join(names)}, which it computes anew in every call; call "
             f"torch.nn.utils.parametrize.remove_parametrizations(layer, {names[0]!r}) first"

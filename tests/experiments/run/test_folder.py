@@ -11,7 +11,7 @@ from adalora_fast.experiments.run import folder as runs
 from adalora_fast.experiments.run.folder import alone_in, open_run
 from adalora_fast.experiments.settings.files import read_json
 from adalora_fast.experiments.settings.recipes import Recipe
-from adalora_fast.experiments.settings.settings import RunSettings
+from adalora_fast.experiments.settings.settings import METHODS, RunSettings
 
 SETTINGS = RunSettings(task="sst2", model="tiny")
 OTHER = {
@@ -37,8 +37,8 @@ def names(path):
 def test_labels():
     labels = {"adalora": "sensitivity", "lora": "lora-r8", "head": "head-only", "full": "full"}
     labels["peft"] = "peft-adalora"
-    labels |= {method: method for method in runs.METHODS if method not in labels}
-    assert {method: replace(SETTINGS, method=method).label for method in runs.METHODS} == labels
+    labels |= {method: method for method in METHODS if method not in labels}
+    assert {method: replace(SETTINGS, method=method).label for method in METHODS} == labels
     assert replace(SETTINGS, method="lora", variant="r4").label == "lora-r4"
 
 
