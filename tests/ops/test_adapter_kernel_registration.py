@@ -190,5 +190,5 @@ def test_launches_of_a_delta(in_place):
     factors = [factor.to("meta") for factor in random_case((64, 48), 32, 8, dtype=torch.float16).factors]
     x, result = (torch.empty(64, n, dtype=torch.float16, device="meta") for n in (48, 32))
     with launched() as names:
-        (kernels.delta_ if in_place else kernels.delta)(result, x, *factors, 0.5, False, None, 0.0)
+        (kernels.delta_ if in_place else kernels.delta)(result, x, Adapter(*factors, 0.5))
     assert names == FORWARD["library"]
